@@ -1,0 +1,143 @@
+"""Subjects (what is worked on) and callables (rewards, judges, scorers), one syntax everywhere.
+
+A subject is a reference name (``digits``, ``docs/small``, ``gaussians:ring-sharp``), a local folder or
+file, ``file.py:factory``, ``openai:model``, or a hub id (``owner/name``). A callable is ``file.py:name``.
+Naming a file is the only way that a user's code gets loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from steersman.errors import InputError, nearest
+
+Kind = Literal["reference", "path", "factory", "endpoint", "hub"]
+CODE = re.compile(r"^(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)$")
+HUB = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject, told apart by kind but not loaded.
+
+    Args:
+        spec: the text that the user wrote.
+        kind: reference, path, factory (``file.py:name``), endpoint (``openai:model``) or hub.
+        path: the folder or file, where there is one.
+        fingerprint: changes when the content does; part of every row's key.
+    """
+
+    spec: str
+    kind: Kind
+    path: Path | None
+    fingerprint: str
+
+
+def resolve(spec: str) -> Subject:
+    """What ``spec`` names.
+
+    Raises:
+        InputError: it names nothing that exists; the sentence lists what can be named.
+    """
+    from steersman.reference import loading
+
+    if not isinstance(spec, str) or not spec.strip():
+        raise InputError("subject", spec, "a reference name, a path, a hub id, file.py:factory or openai:model")
+    name = spec.partition(":")[0]
+    if name.partition("/")[0] in loading.names() and not Path(spec).exists():
+        try:
+            path: Path | None = loading.path(name)
+        except InputError as error:
+            raise InputError("subject", spec, error.allowed) from None
+        return Subject(spec, "reference", path, loading.fingerprint(name))
+    code = CODE.match(spec)
+    if code:
+        path = Path(code["file"])
+        if not path.is_file():
+            raise InputError("subject", spec, f"file.py:factory with a file that exists (no file {path})")
+        return Subject(spec, "factory", path, file_hash(path))
+    path = Path(spec).expanduser()
+    if path.exists():
+        return Subject(spec, "path", path, tree_hash(path))
+    if spec.startswith("openai:") and len(spec) > len("openai:"):
+        return Subject(spec, "endpoint", None, spec)
+    if HUB.match(spec) and not spec.startswith(("./", "../")):
+        return Subject(spec, "hub", None, spec)
+    raise InputError(
+        "subject",
+        spec,
+        f"a path that exists, a hub id (owner/name), file.py:factory, openai:model or a reference name, "
+        f"{nearest(name, loading.names())}",
+    )
+
+
+def load_callable(spec: str, parameter: str = "callable") -> Callable[..., Any]:
+    """The function or class that ``file.py:name`` names; its file is run as a module.
+
+    Raises:
+        InputError: not of that form, no such file or name, not callable, or the file fails to import.
+    """
+    code = CODE.match(spec) if isinstance(spec, str) else None
+    if not code:
+        raise InputError(parameter, spec, "file.py:name")
+    path = Path(code["file"]).expanduser()
+    if not path.is_file():
+        raise InputError(parameter, spec, f"file.py:name with a file that exists (no file {path})")
+    unique = f"steersman_user_{path.stem}_{file_hash(path)[:12]}"
+    module = sys.modules.get(unique)
+    if module is None:
+        found = importlib.util.spec_from_file_location(unique, path.resolve())
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[unique] = module
+        try:
+            found.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[unique]
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(parameter, spec, f"a file that imports ({line})") from error
+    if not hasattr(module, code["name"]):
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise InputError(parameter, spec, f"a name that {path.name} defines, {nearest(code['name'], names)}")
+    value = getattr(module, code["name"])
+    if not callable(value):
+        raise InputError(parameter, spec, f"callable ({code['name']} is a {type(value).__name__})")
+    return value
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_hash(path: Path) -> str:
+    """A fingerprint of a file or folder: names and contents, large files by size and both ends.
+
+    A model folder may hold many gigabytes; its weights are told apart by their length and by the first
+    and last megabyte, everything else by its whole content.
+    """
+    if path.is_file():
+        return file_hash(path)
+    end = 1 << 20
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= 8 * end:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(end))
+                stream.seek(-end, 2)
+                digest.update(stream.read(end))
+    return digest.hexdigest()

@@ -23,7 +23,19 @@ from typing import Any
 from steersman.errors import InputError, MissingExtra, nearest
 
 PACKAGE = Path(__file__).parent
-REQUIRED = ("id", "title", "family", "room", "host", "extra", "summary", "verbs", "benches", "object", "paper")
+REQUIRED = (
+    "id",
+    "title",
+    "family",
+    "room",
+    "host",
+    "extra",
+    "summary",
+    "verbs",
+    "benches",
+    "object",
+    "paper",
+)
 VERBS = ("compare", "evidence", "apply", "probe")
 
 

@@ -43,6 +43,22 @@ class MissingExtra(ImportError):
         return type(self), (self.feature, self.extra)
 
 
+class OutputError(RuntimeError):
+    """The operating system refused to write; what was written before is whole.
+
+    Args:
+        path: where.
+        reason: the operating system's words.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"could not write {path}: {reason}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.reason)
+
+
 class TrialError(RuntimeError):
     """One trial of a comparison went wrong; its row is marked failed and the others go on."""
 

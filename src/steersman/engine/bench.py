@@ -82,7 +82,7 @@ class Knob:
             raise InputError(name, value, allowed) from None
         if self.choices is not None and parsed not in self.choices:
             raise InputError(name, value, allowed)
-        if self.low is not None and parsed < self.low or self.high is not None and parsed > self.high:
+        if (self.low is not None and parsed < self.low) or (self.high is not None and parsed > self.high):
             raise InputError(name, value, allowed)
         return parsed
 

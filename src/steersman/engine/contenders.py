@@ -150,5 +150,3 @@ def _split(text: str) -> list[str]:
         else:
             current += char
     return [p.strip() for p in [*pieces, current] if p.strip()]
-
-

@@ -1,0 +1,210 @@
+"""Artefacts: what ``apply`` makes, always with ``artefact.json`` that says how.
+
+The record holds the method and its settings, fingerprints of the subject and the input, versions, the
+seed, the seconds that it took and the metrics that the method reported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import shutil
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from steersman import catalog
+from steersman.catalog import Card
+from steersman.engine import subjects
+from steersman.engine.compare import versions
+from steersman.engine.rows import plain, writing
+from steersman.errors import InputError, nearest
+
+RECORD = "artefact.json"
+RESERVED = ("subject", "input", "out", "seed", "log")
+
+
+def run_verb(
+    verb: typing.Literal["apply", "probe"],
+    method: str,
+    subject: str,
+    out: str | Path,
+    input: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Make an artefact with a method (``apply``) or measure a property of the subject (``probe``).
+
+    Args:
+        verb: apply or probe.
+        method: id or alias.
+        subject: see :mod:`steersman.engine.subjects`.
+        out: a new or empty folder; it gets its content whole or not at all.
+        input: a file or folder that the method works with.
+        settings: keyword arguments of the method's function, as text or typed.
+        seed: for everything random.
+        log: gets one line at a time about the progress.
+
+    Returns:
+        dict: the record that was written to ``artefact.json`` (``probe.json`` for a probe).
+
+    Raises:
+        InputError: a bad argument, or a method without this verb.
+        OutputError: ``out`` can't be written.
+    """
+    card = catalog.card(method)
+    function = function_of(card, verb)
+    checked = check_settings(card, function, settings or {})
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("out", str(out), "a new or empty folder")
+    found = subjects.resolve(subject)
+    source = Path(input).expanduser() if input is not None else None
+    if source is not None and not source.exists():
+        raise InputError("input", str(input), "a file or folder that exists")
+    partial = folder.with_name(f"{folder.name}.partial")
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    start = time.perf_counter()
+    try:
+        # A reference subject with a variant (gaussians:ring) stays text; a folder becomes a path.
+        target: str | Path = found.path if found.path and found.kind in ("reference", "path") else found.spec
+        with writing(folder):
+            metrics = function(target, source, partial, seed=seed, log=log, **checked)
+            record = {
+                "verb": verb,
+                "method": card.id,
+                "settings": checked,
+                "subject": {"spec": subject, "fingerprint": found.fingerprint},
+                "input": None if source is None else {"path": str(input), "fingerprint": subjects.tree_hash(source)},
+                "seed": seed,
+                "versions": versions(),
+                "made": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": time.perf_counter() - start,
+                "metrics": dict(metrics),
+            }
+            name = RECORD if verb == "apply" else "probe.json"
+            (partial / name).write_text(json.dumps(plain(record), indent=1) + "\n")
+            if folder.is_dir():
+                folder.rmdir()
+            partial.rename(folder)
+        return typing.cast(dict[str, Any], plain(record))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def function_of(card: Card, verb: str) -> Callable[..., Any]:
+    """The function behind a verb of a method.
+
+    Raises:
+        InputError: the method doesn't have it; the sentence lists those that do.
+    """
+    path = getattr(card, verb)
+    if not path:
+        able = [c.id for c in catalog.cards().values() if getattr(c, verb)]
+        raise InputError("method", card.id, f"a method with {verb}: {', '.join(able) or 'none yet'}")
+    return typing.cast(Callable[..., Any], catalog.load_object(path, feature=f"{verb} {card.id}", extra=card.extra))
+
+
+def check_settings(card: Card, function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` by name and type, against the keyword-only parameters of ``function``.
+
+    Raises:
+        InputError: an unknown setting or a value of another type.
+    """
+    known = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in RESERVED
+    }
+    hints = typing.get_type_hints(function)
+    checked = {}
+    for name, value in settings.items():
+        key = name.replace("-", "_")
+        if key not in known:
+            raise InputError(f"setting of {card.id}", name, nearest(key, known) if known else "left out: it has none")
+        checked[key] = _typed(key, value, hints.get(key, str))
+    return checked
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None):
+            if value is None or value in ("none", "null"):
+                return None
+        elif typing.get_origin(option) is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+                return value.lower() in ("true", "yes", "1")
+        elif option in (int, float):
+            try:
+                return option(value) if not isinstance(value, bool) else _refuse()
+            except (TypeError, ValueError):
+                continue
+        elif option is Path and isinstance(value, str):
+            return Path(value)
+        elif option is str or typing.get_origin(option) is not None or callable(option):
+            # file.py:name for anything that the method takes as a callable or an object
+            if isinstance(value, str) and option is not str and subjects.CODE.match(value):
+                return subjects.load_callable(value, name)
+            return value
+    names = ", ".join(_hint_name(option) for option in options)
+    raise InputError(name, value, f"of type {names}" if "one of" not in names else names)
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def _hint_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def describe(subject: str) -> dict[str, Any]:
+    """What a subject is: kind, fingerprint and, for a model folder, its classes, parameters and size.
+
+    Raises:
+        InputError: it names nothing that exists.
+    """
+    found = subjects.resolve(subject)
+    record: dict[str, Any] = {"subject": subject, "kind": found.kind, "fingerprint": found.fingerprint}
+    if found.path is None or found.kind == "factory":
+        return record
+    record["path"] = str(found.path)
+    files = [found.path] if found.path.is_file() else sorted(p for p in found.path.rglob("*") if p.is_file())
+    record["megabytes"] = round(sum(p.stat().st_size for p in files) / 1e6, 3)
+    classes = {}
+    for path in files:
+        if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
+            config = json.loads(path.read_text())
+            name = config.get("_class_name") or ", ".join(config.get("architectures") or [])
+            if name:
+                classes[str(path.relative_to(found.path))] = name
+    if classes:
+        record["classes"] = classes
+    weights = [p for p in files if p.suffix == ".safetensors"]
+    if weights:
+        record["parameters"] = sum(map(_parameters, weights))
+    return record
+
+
+def _parameters(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -13,7 +13,7 @@ from steersman.cli.verbs import one_sentence, print_json
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    app.command("evidence", epilog="steersman evidence pndm · steersman evidence pndm --scale full --json --out runs/e")(
+    app.command("evidence", epilog="steersman evidence pndm · steersman evidence pndm --scale full --out runs/e")(
         one_sentence(evidence)
     )
 

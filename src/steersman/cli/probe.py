@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from steersman.cli.apply import Input, Out, Pairs, Subject, run
+from steersman.cli.apply import Input, Pairs, Subject, run
 from steersman.cli.verbs import one_sentence, print_json, settings
+from steersman.errors import InputError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,8 +47,6 @@ def probe(
 
 
 def _needed(out: Path | None) -> Path:
-    from steersman.errors import InputError
-
     if out is None:
         raise InputError("out", None, "a new folder for what is measured")
     return out

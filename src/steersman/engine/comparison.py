@@ -132,9 +132,9 @@ class Comparison:
         """Everything but the items, as plain JSON."""
         from dataclasses import asdict
 
-        from steersman.engine.rows import _plain
+        from steersman.engine.rows import plain
 
-        return {"config": dict(self.config), "rows": [_plain(asdict(row)) for row in self.rows]}
+        return {"config": dict(self.config), "rows": [plain(asdict(row)) for row in self.rows]}
 
     def to_pandas(self) -> pandas.DataFrame:
         """One line a row: contender, setting, seed, status, figures, timing.

@@ -50,7 +50,7 @@ class RunFolder:
         with writing(self.out):
             if self.out.exists() and not self.out.is_dir():
                 raise InputError("out", str(out), "a folder (this is a file)")
-            used = self.out.is_dir() and any(p.name != LOCK for p in self.out.iterdir())
+            used = self.out.is_dir() and any(p.name not in (LOCK, f"{CONFIG}.partial") for p in self.out.iterdir())
             if used and not resume:
                 raise InputError("out", str(out), "a new or empty folder (to go on with this one, add --resume)")
             if used and not (self.out / CONFIG).is_file():
@@ -79,7 +79,7 @@ class RunFolder:
         Raises:
             OutputError: the disk is full or can't be written; the rows before are whole.
         """
-        line = (json.dumps(_plain(asdict(row)), sort_keys=True) + "\n").encode()
+        line = (json.dumps(plain(asdict(row)), sort_keys=True) + "\n").encode()
         size = os.fstat(self.file.fileno()).st_size
         with writing(self.out):
             try:
@@ -116,7 +116,7 @@ class RunFolder:
 
     def _write(self, name: str, value: Any) -> None:
         partial = self.out / f"{name}.partial"
-        partial.write_text(json.dumps(_plain(value), indent=1, sort_keys=True) + "\n")
+        partial.write_text(json.dumps(plain(value), indent=1, sort_keys=True) + "\n")
         partial.replace(self.out / name)
 
 
@@ -154,7 +154,7 @@ class Log:
         """Records kept as ``<name>.json``."""
         with writing(self.folder.out):
             self.partial.mkdir(exist_ok=True)
-            (self.partial / f"{name}.json").write_text(json.dumps(_plain(list(texts))))
+            (self.partial / f"{name}.json").write_text(json.dumps(plain(list(texts))))
 
     def finish(self, keep: bool) -> str | None:
         """Give the items their name (or throw them away); the path relative to the run folder."""
@@ -203,12 +203,12 @@ def writing(out: Path) -> Iterator[None]:
         raise OutputError(str(error.filename or out), error.strerror or str(error)) from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON without NaN or infinities (they become text, so that strict readers can read them)."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, (np.floating, float)):
         number = float(value)
         return number if math.isfinite(number) else str(number)

@@ -176,7 +176,7 @@ class BenchEntry:
         module, _, name = self.object.partition(":")
         if name:
             return load_object(self.object, feature=f"bench {self.id}", extra="all")()
-        loaded = _import(module, feature=f"bench {self.id}", extra="all")
+        loaded = import_module(module, feature=f"bench {self.id}", extra="all")
         for value in vars(loaded).values():
             if isinstance(value, type) and value.__module__ == module and getattr(value, "id", None) == self.id:
                 return value()
@@ -222,13 +222,13 @@ def load_object(path: str, *, feature: str, extra: str) -> Any:
         MissingExtra: an optional dependency of the module is not installed.
     """
     module, _, attribute = path.partition(":")
-    value = _import(module, feature=feature, extra=extra)
+    value = import_module(module, feature=feature, extra=extra)
     for name in attribute.split("."):
         value = getattr(value, name)
     return value
 
 
-def _import(module: str, *, feature: str, extra: str) -> Any:
+def import_module(module: str, *, feature: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

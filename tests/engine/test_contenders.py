@@ -58,3 +58,10 @@ def test_code_line_fills_in_the_knobs():
     assert code_line("F.from_config(c{, knobs})", {"order": 3}) == "F.from_config(c, order=3)"
     assert code_line("F.from_config(c{, knobs})", {}) == "F.from_config(c)"
     assert code_line("M({knobs})", {"a": 0.2, "t": "x"}) == "M(a=0.2, t='x')"
+
+
+def test_a_callable_as_value_needs_no_quotes():
+    for text in ("fk:n=4:reward=judge.py:score", "fk:reward=judge.py:score:n=4", 'fk:n=4:reward="judge.py:score"'):
+        (part,) = parse(text).parts
+        assert part.knobs == {"reward": "judge.py:score", "n": 4}
+        assert parse(str(part)).parts == (part,)

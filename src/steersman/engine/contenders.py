@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,13 @@ from typing import Any
 
 from steersman import catalog
 from steersman.errors import InputError, nearest
+
+# A plus before a digit belongs to a number (1e+5); a colon starts a knob only where knob= follows, so that
+# values like judge.py:score need no quotes.
+COMMA = re.compile(",")
+PART = re.compile(r"\+(?!\d)")
+KNOB = re.compile(r":(?=\w*=)")
+SPECIAL = re.compile(r"[\"\[\]{}+,\\]|:\w*=")
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,10 @@ def parse(text: str) -> Contender:
         InputError: empty text, an empty part, or a knob without ``=``.
     """
     parts = []
-    for piece in text.split("+"):
-        name, *knobs = (word.strip() for word in piece.split(":"))
+    for piece in _split(text, PART):
+        name, *knobs = _split(piece, KNOB)
+        if ":" in name:
+            raise InputError("methods", text, f"written with knobs as knob=value (not {name.partition(':')[2]!r})")
         if not name:
             raise InputError("methods", text, "contenders like 'ddim' or 'pndm:variant=plms+other:knob=value'")
         values: dict[str, Any] = {}
@@ -84,7 +94,7 @@ def parse(text: str) -> Contender:
 
 def parse_list(text: str | Iterable[str]) -> list[Contender]:
     """Contenders from a comma-separated text (commas inside brackets or quotes don't separate)."""
-    pieces = _split(text) if isinstance(text, str) else list(text)
+    pieces = _split(text, COMMA) if isinstance(text, str) else list(text)
     contenders = [parse(piece) for piece in pieces if piece.strip()]
     if not contenders:
         raise InputError("methods", text, "at least one contender")
@@ -133,20 +143,24 @@ def _value(text: str) -> Any:
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
-        return value if not isinstance(_value(value), (int, float, bool, type(None))) else json.dumps(value)
-    return json.dumps(value)
+        plain = _value(value) == value and not SPECIAL.search(value) and value.strip() == value and value
+        return value if plain else json.dumps(value)
+    return json.dumps(value).replace("e+", "e")
 
 
-def _split(text: str) -> list[str]:
-    pieces, depth, quoted, current = [], 0, False, ""
-    for char in text:
-        if char == '"':
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """Split at matches of ``separator`` that stand outside of quotes and brackets."""
+    pieces, start, depth, quoted, at = [], 0, 0, False, 0
+    while at < len(text):
+        char = text[at]
+        if char == "\\" and quoted:
+            at += 1
+        elif char == '"':
             quoted = not quoted
         elif not quoted:
             depth += (char in "[{") - (char in "]}")
-        if char == "," and depth == 0 and not quoted:
-            pieces.append(current)
-            current = ""
-        else:
-            current += char
-    return [p.strip() for p in [*pieces, current] if p.strip()]
+            if depth == 0 and separator.match(text, at):
+                pieces.append(text[start:at].strip())
+                start = at + 1
+        at += 1
+    return [*pieces, text[start:].strip()]

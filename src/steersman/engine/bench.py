@@ -147,7 +147,11 @@ class PartInfo:
 
 @runtime_checkable
 class Bench(Protocol[S, H]):
-    """See the module's text. ``timed`` asks for interleaved trials that never run in parallel."""
+    """See the module's text.
+
+    A bench may also have ``accepts(name) -> bool``, for parts that it takes by other names than its own and
+    the catalogue's (the sampling bench takes any scheduler class of diffusers).
+    """
 
     id: str
     shape: Shape

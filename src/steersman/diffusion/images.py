@@ -1,0 +1,179 @@
+"""What users bring: a pipeline's folder, and real images in a folder or an array file.
+
+Images come back in [0, 1] as (n, channels, H, W). Whatever can't be read, or doesn't fit together, is
+refused in one sentence; nothing is resized or cropped behind the user's back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from steersman.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def load_pipeline(subject: str | Path) -> Any:
+    """The diffusers pipeline in a folder (or of a hub id).
+
+    Raises:
+        InputError: it can't be read; the sentence has diffusers' reason.
+    """
+    index = Path(subject) / "model_index.json"
+    kind: Any = DiffusionPipeline
+    try:
+        if Path(subject).is_dir() and json.loads(index.read_text()).get("_class_name") == "ClassConditionalPipeline":
+            # diffusers looks only into its own module for a pipeline's class.
+            from steersman.diffusion.pipelines import ClassConditionalPipeline as kind
+        return kind.from_pretrained(str(subject))
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError("subject", str(subject), f"a diffusers pipeline that can be read ({reason})") from error
+
+
+def read_images(source: Path | None, channels: int = 3, labelled: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Images in [0, 1], (n, channels, H, W), and labels if ``labelled``, from a folder, .npz or .npy.
+
+    Raises:
+        InputError: nothing there, an unreadable file, images of different sizes, or labels missing.
+    """
+    if source is None:
+        raise InputError("input", None, "real images: a folder, .npz or .npy")
+    if source.is_dir():
+        pixels, labels = _read_folder(source, channels, labelled)
+    else:
+        pixels, labels = _read_array(source, labelled)
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3, 4):
+        raise InputError("input", tuple(pixels.shape), "images of shape (n, H, W) or (n, H, W, channels)")
+    if pixels.dtype == np.uint8:
+        pixels = pixels.astype(np.float32) / 255
+    if not np.issubdtype(pixels.dtype, np.floating) or not np.isfinite(pixels).all():
+        raise InputError("input", str(pixels.dtype), "images as uint8, or as finite numbers in [0, 1]")
+    if pixels.min() < 0 or pixels.max() > 1:
+        raise InputError("input", f"values from {pixels.min():.3g} to {pixels.max():.3g}", "images in [0, 1], or uint8")
+    if pixels.shape[-1] != channels:
+        if pixels.shape[-1] != 1:
+            raise InputError("input", f"{pixels.shape[-1]} channels", f"images of {channels} channels, as the network")
+        pixels = np.repeat(pixels, channels, axis=-1)
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32))
+    return tensor, None if labels is None else torch.from_numpy(labels)
+
+
+def _read_folder(source: Path, channels: int, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    from PIL import Image, UnidentifiedImageError
+
+    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError("input", str(source), f"a folder that holds image files ({', '.join(SUFFIXES)})")
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+    if mode is None:
+        raise InputError("input", str(source), f".npy or .npz for a network of {channels} channels")
+    arrays = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                arrays.append(np.asarray(image.convert(mode)))
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError("input", str(file), f"an image file that can be read ({error})") from None
+        if arrays[-1].shape != arrays[0].shape:
+            (h, w), (h0, w0) = arrays[-1].shape[:2], arrays[0].shape[:2]
+            allowed = f"of one size with the others ({files[0].name} has {w0}x{h0}, this one {w}x{h})"
+            raise InputError("input", str(file), allowed)
+    if not labelled:
+        return np.stack(arrays), None
+    classes = sorted({p.parent.name for p in files if p.parent != source})
+    if any(p.parent == source for p in files) or len(classes) < 1:
+        raise InputError("input", str(source), "one folder of images a class, as the network is class-conditional")
+    return np.stack(arrays), np.array([classes.index(p.parent.name) for p in files])
+
+
+def _read_array(source: Path, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        loaded = np.load(source, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            pixels, labels = loaded, None
+        else:
+            with loaded:
+                pixels = loaded["images"]
+                labels = loaded["labels"] if labelled and "labels" in loaded else None
+    except KeyError:
+        raise InputError("input", str(source), "an .npz that holds 'images'") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError("input", str(source), f"a folder of images, .npz or .npy that can be read ({error})") from None
+    if labelled and labels is None:
+        raise InputError(
+            "input", str(source), "an .npz with 'images' and 'labels', as the network is class-conditional"
+        )
+    if labels is not None:
+        if labels.shape != pixels.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise InputError("input", f"labels {labels.shape}", f"one whole number for each of {len(pixels)} images")
+        labels = labels.astype(np.int64)
+    return pixels, labels
+
+
+def as_dataset(name: str, images: Any) -> Any:
+    if isinstance(images, Tensor):
+        images = (images,)
+    if isinstance(images, (tuple, list)):
+        if not 1 <= len(images) <= 2 or not all(isinstance(x, Tensor) for x in images):
+            raise InputError(name, type(images).__name__, "a tensor of images or a pair of tensors (images, labels)")
+        if images[0].ndim != 4 or len(images[0]) < 4:
+            raise InputError(
+                name, tuple(images[0].shape), "of shape (n, channels, height, width) with at least 4 images"
+            )
+        if len(images) == 2 and images[1].shape != images[0].shape[:1]:
+            raise InputError("labels", tuple(images[1].shape), f"of shape ({len(images[0])},), one for each image")
+        return TensorDataset(*images)
+    if isinstance(images, (DataLoader, Dataset)) or (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
+        return images
+    raise InputError(name, type(images).__name__, "a tensor, a pair (images, labels), a Dataset or a DataLoader")
+
+
+def read_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Images in [0, 1] and labels of a batch or an item."""
+    labels = None
+    if isinstance(batch, Mapping):
+        labels = next((batch[k] for k in ("labels", "label") if k in batch), None)
+        images = next((batch[k] for k in ("images", "pixel_values", "image") if k in batch), None)
+    elif isinstance(batch, (tuple, list)):
+        images, labels = batch[0], batch[1] if len(batch) > 1 else None
+    else:
+        images = batch
+    if not isinstance(images, Tensor) or images.ndim not in (3, 4):
+        kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InputError("images", kind, "tensors of shape (n, channels, height, width)")
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    low, high = float(images.min()), float(images.max())
+    if low < -1e-3 or high > 1 + 1e-3 or low != low:
+        raise InputError("images", f"values from {low:.3g} to {high:.3g}", "in [0, 1] (or uint8)")
+    return images, None if labels is None else torch.as_tensor(labels)
+
+
+def gather(source: Any, limit: int) -> tuple[Tensor, Tensor | None]:
+    """The first ``limit`` images of a dataset or loader, and their labels."""
+    loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=256)
+    images, labels, count = [], [], 0
+    for batch in loader:
+        x, y = read_batch(batch)
+        images.append(x)
+        labels.append(y)
+        count += len(x)
+        if count >= limit:
+            break
+    if count < 2:
+        raise InputError("images", f"{count} images", "at least 2 images")
+    known = [y for y in labels if y is not None]
+    return torch.cat(images)[:limit], torch.cat(known)[:limit] if len(known) == len(labels) else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,10 +84,10 @@ class RungeKutta(Solver[Slopes]):
 
     process: Process
 
-    c = (0.0,)
-    A: tuple[tuple[float, ...], ...] = ((),)
-    b = (1.0,)
-    in_time = False
+    c: ClassVar[tuple[float, ...]] = (0.0,)
+    A: ClassVar[tuple[tuple[float, ...], ...]] = ((),)
+    b: ClassVar[tuple[float, ...]] = (1.0,)
+    in_time: ClassVar[bool] = False
 
     def stages(self, t: float, s: float, i: int) -> tuple[float, ...]:
         if s < self.process.earliest or self.process.alpha_bar(t) == 0.0:

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -277,9 +277,9 @@ def denoiser(process: Process, network: Callable[[Tensor, float], Tensor], kind:
 
 
 class Step(NamedTuple):
-    """Step ``index`` of a plan: from time ``t`` to ``s``, with network evaluations at ``stages``."""
+    """Step ``i`` of a plan: from time ``t`` to ``s``, with network evaluations at ``stages``."""
 
-    index: int
+    i: int
     t: float
     s: float
     stages: tuple[float, ...]
@@ -405,10 +405,10 @@ def take(state: State, index: Any) -> State:
         TypeError: the state holds something other than tensors, tuples, numbers, text and None.
     """
     if isinstance(state, Tensor):
-        return state[index]
+        return cast(State, state[index])
     if isinstance(state, tuple):
         parts = [take(part, index) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)  # type: ignore[return-value]
+        return cast(State, type(state)(*parts) if hasattr(state, "_fields") else tuple(parts))
     if state is None or isinstance(state, (int, float, str)):
         return state
     raise TypeError(f"a solver's state can't hold a {type(state).__name__}")

@@ -255,7 +255,13 @@ def forest(verdicts: Sequence[Any], theme: Theme = SYMBOLIC, width: float = 8.6)
             if len(ends) == 2:
                 said += f"  [{number(ends[0], 3)}, {number(ends[1], 3)}]"
             axes.text(
-                1.22, i - 0.17, str(claim["verdict"]), va="center", color=theme[colour], fontsize=9.5, weight="bold"
+                1.22,
+                i - 0.17,
+                f"{claim['verdict']} (margin {number(margin, 3)})",
+                va="center",
+                color=theme[colour],
+                fontsize=9.5,
+                weight="bold",
             )
             axes.text(1.22, i + 0.21, said, va="center", color=theme["muted"], fontsize=8.5)
         axes.text(-1.1, -0.62, "fails", va="bottom", color=theme["bad"], fontsize=9)

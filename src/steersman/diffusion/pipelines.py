@@ -71,7 +71,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         *,
         batch_size: int | None = None,
         num_inference_steps: int = 50,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -157,7 +157,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _check(
         self,
         num_inference_steps: int,
-        timesteps: Sequence[int] | None,
+        timesteps: Sequence[float] | None,
         guidance_scale: float,
         output_type: str,
         batch_size: int | None,
@@ -200,7 +200,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise InputError("labels", f"{len(y)} labels", f"one label, or one for each of the {count} images")
         return y.long()
 
-    def _times(self, steps: int, timesteps: Sequence[int] | None, device: torch.device) -> Tensor:
+    def _times(self, steps: int, timesteps: Sequence[float] | None, device: torch.device) -> Tensor:
         if timesteps is None:
             self.scheduler.set_timesteps(steps, device=device)
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:

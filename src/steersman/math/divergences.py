@@ -173,7 +173,9 @@ def frechet_gaussians(m1: ArrayLike, s1: ArrayLike, m2: ArrayLike, s2: ArrayLike
 
     def root(s: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh(s)
-        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        # What is below rounding counts as 0: the root would blow an error of 1e-16 up to 1e-8.
+        values = np.where(values > len(s) * np.finfo(s.dtype).eps * values[-1], values, 0.0)
+        return (vectors * np.sqrt(values)) @ vectors.T
 
     cross = np.linalg.svd(root(s1) @ root(s2), compute_uv=False).sum()
     return float(max(np.square(m1 - m2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross, 0.0))

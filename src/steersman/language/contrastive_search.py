@@ -13,6 +13,7 @@ cache (each sees the context and itself), and the cache is copied once a step, a
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import numbers
@@ -59,12 +60,18 @@ class ContrastiveSearch:
         for Neural Text Generation. NeurIPS 2022, arXiv:2202.06417, eq. 5.
     """
 
+    top_k: int
+    alpha: float
+    streamer: Any
+
     def __init__(self, top_k: int = 5, alpha: float = 0.6, streamer: Any = None) -> None:
         if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:
             raise InputError("top_k", top_k, "a whole number of at least 1")
         if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
             raise InputError("alpha", alpha, "a number from 0 to 1")
-        self.top_k, self.alpha, self.streamer = int(top_k), float(alpha), streamer
+        self.top_k = int(top_k)
+        self.alpha = float(alpha)
+        self.streamer = streamer
         self._takes_tree: dict[type, bool] = {}
 
     @torch.no_grad()
@@ -141,7 +148,8 @@ class ContrastiveSearch:
             return input_ids
         if not tree:
             cache.batch_select_indices(rows * min(self.top_k, logits.shape[1]))
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        sequences: Any = input_ids
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
 
     def _check(self, model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> DynamicCache:
         if model.config.is_encoder_decoder:
@@ -173,7 +181,8 @@ def _tree(model: Any, candidates: Tensor, cache: DynamicCache, seen: Tensor, pos
 def _keep(cache: DynamicCache, first: int, chosen: Tensor) -> None:
     """Of the k columns that ``_tree`` added at column ``first``, keep the chosen one of each row."""
     rows = torch.arange(len(chosen), device=chosen.device)
-    for layer in cache.layers:
+    layers: Any = cache.layers
+    for layer in layers:
         for states in (layer.keys, layer.values):
             states[:, :, first] = states[rows, :, first + chosen]
         layer.keys, layer.values = layer.keys[:, :, : first + 1], layer.values[:, :, : first + 1]
@@ -188,7 +197,7 @@ def _rows(model: Any, candidates: Tensor, cache: DynamicCache, seen: Tensor, pos
 
 
 def _forward(model: Any, ids: Tensor, cache: DynamicCache, mask: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    places = {"position_ids": position} if "position_ids" in inspect.signature(model.forward).parameters else {}
+    places = {"position_ids": position} if _takes_positions(model.__class__) else {}
     output = model(
         ids,
         attention_mask=mask,
@@ -199,6 +208,11 @@ def _forward(model: Any, ids: Tensor, cache: DynamicCache, mask: Tensor, positio
         **places,
     )
     return output.logits, output.hidden_states[-1]
+
+
+@functools.cache
+def _takes_positions(kind: Any) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def _tree_agrees(model: Any, candidates: Tensor, cache: DynamicCache, seen: Tensor, position: Tensor) -> bool:

@@ -258,7 +258,7 @@ class MomentumDecoding(LogitsProcessor):
         if ids.device.type != "cpu":
             return _repeats(ids, self.max_length)
         carried = self._carried  # read once: another thread may use this processor as well
-        if carried is not None and torch.equal(carried[0], ids[:, :-1]):
+        if carried is not None and ids.shape[1] and torch.equal(carried[0], ids[:, :-1]):
             before, repeats = carried
             repeats = F.pad((before == ids[:, -1:]) * repeats, (1, 0)).add_(1).clamp_(max=self.max_length)
         else:

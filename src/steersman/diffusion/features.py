@@ -57,7 +57,7 @@ class RandomFeatures(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.convolutions = nn.ModuleList()
         for inputs, outputs in ((channels, width), (width, width), (width, width)):
-            layer = nn.Conv2d(inputs, outputs, 3, padding=1)
+            layer = nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3, padding=1)
             for parameter in layer.parameters():
                 bound = 1 / math.sqrt(inputs * 9)
                 parameter.data.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * 3 * bound)

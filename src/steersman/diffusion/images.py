@@ -126,9 +126,9 @@ def _read_array(source: Path, labelled: bool) -> tuple[np.ndarray, np.ndarray | 
 def as_dataset(name: str, images: Any) -> Any:
     if isinstance(images, Tensor):
         images = (images,)
-    if isinstance(images, (tuple, list)):
-        if not 1 <= len(images) <= 2 or not all(isinstance(x, Tensor) for x in images):
-            raise InputError(name, type(images).__name__, "a tensor of images or a pair of tensors (images, labels)")
+    if isinstance(images, (tuple, list)) and images and all(isinstance(x, Tensor) for x in images):
+        if len(images) > 2:
+            raise InputError(name, f"{len(images)} tensors", "a tensor of images or a pair of tensors (images, labels)")
         if images[0].ndim != 4 or len(images[0]) < 4:
             raise InputError(
                 name, tuple(images[0].shape), "of shape (n, channels, height, width) with at least 4 images"
@@ -136,7 +136,9 @@ def as_dataset(name: str, images: Any) -> Any:
         if len(images) == 2 and images[1].shape != images[0].shape[:1]:
             raise InputError("labels", tuple(images[1].shape), f"of shape ({len(images[0])},), one for each image")
         return TensorDataset(*images)
-    if isinstance(images, (DataLoader, Dataset)) or (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
+    if isinstance(images, (DataLoader, Dataset)) or (
+        not isinstance(images, str) and hasattr(images, "__getitem__") and hasattr(images, "__len__")
+    ):
         return images
     raise InputError(name, type(images).__name__, "a tensor, a pair (images, labels), a Dataset or a DataLoader")
 
@@ -164,7 +166,9 @@ def read_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 def gather(source: Any, limit: int) -> tuple[Tensor, Tensor | None]:
     """The first ``limit`` images of a dataset or loader, and their labels."""
-    loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=256)
+    # A generator of its own: a loader's iterator would draw from the global one.
+    own = torch.Generator()
+    loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=256, generator=own)
     images, labels, count = [], [], 0
     for batch in loader:
         x, y = read_batch(batch)

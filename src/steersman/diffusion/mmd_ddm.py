@@ -43,7 +43,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from steersman.diffusion.classical import DDIM
 from steersman.diffusion.features import built_in_features
@@ -327,7 +327,7 @@ class MMDFinetuner:
         scheduler: the network's scheduler, where ``model`` is no pipeline.
         eval_images: held-out real images (needed with a ``DataLoader``); else ``config.holdout`` of ``images``.
         solver: another solver than DDIM, see :class:`UnrolledSampler`.
-        accelerator: an ``accelerate.Accelerator``; None makes one.
+        accelerator: an ``accelerate.Accelerator`` that holds nothing else; None makes one.
         callback: called with each step's entry of the history.
 
     Raises:
@@ -363,7 +363,10 @@ class MMDFinetuner:
         if not callable(features):
             raise InputError("features", type(features).__name__, "a function or module from images to features")
         self.features = features
+        weights = features.parameters() if isinstance(features, nn.Module) else ()
+        self._feature_dtype = next((p.dtype for p in weights if p.is_floating_point()), None)
         self.callback = callback
+        self._own_accelerator = accelerator is None
         self.accelerator = accelerator or self._accelerator()
         if self.accelerator.gradient_accumulation_steps != self.config.gradient_accumulation_steps:
             steps = self.accelerator.gradient_accumulation_steps
@@ -416,7 +419,7 @@ class MMDFinetuner:
             InputError: features of a wrong shape, type or number.
             TrialError: features that are not finite.
         """
-        f = self.features((x + 1) / 2)
+        f = self.features(((x + 1) / 2).to(self._feature_dtype or x.dtype))
         if not isinstance(f, Tensor) or f.ndim != 2 or len(f) != len(x) or not f.is_floating_point():
             shape = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise InputError("features", shape, f"a floating-point tensor of shape ({len(x)}, d) for {len(x)} images")
@@ -509,7 +512,8 @@ class MMDFinetuner:
                         parameter.copy_(value)
                 if config.report_to:
                     accelerator.end_training()
-                accelerator.free_memory()
+                if self._own_accelerator:
+                    accelerator.free_memory()
         self._chain = self._make_chain(self.unet)
         if state.collapsed_at is not None:
             warnings.warn(
@@ -630,8 +634,9 @@ class MMDFinetuner:
     def _prepare_features(self) -> None:
         """The features' mean and scale over real images, and the held-out images' features."""
         self._mean = self._scale = None
-        images, labels = self._eval = gather(self._eval_images, 1024)
+        images, labels = gather(self._eval_images, 1024)
         self._check_batch(images, labels)
+        self._eval = images, labels if self._classes is not None else None
         with torch.no_grad():
             # As many images as the estimate needs; a stream of batches gives what its first batches hold.
             real, _ = gather(self._train_images, 4096)
@@ -666,7 +671,7 @@ class MMDFinetuner:
                 warnings.warn(
                     f"only {n} real images for batches of {m}: the network may learn them by heart", stacklevel=3
                 )
-        self._check_batch(*read_batch(held_out[0] if isinstance(held_out, Dataset) else next(iter(held_out))))
+        self._check_batch(*read_batch(next(iter(held_out)) if isinstance(held_out, DataLoader) else held_out[0]))
         return train, held_out
 
     def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -694,7 +699,7 @@ class MMDFinetuner:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        for batch in DataLoader(self._train_images, batch_sampler=order):
+        for batch in DataLoader(self._train_images, batch_sampler=order, generator=torch.Generator()):
             images, labels = read_batch(batch)
             self._check_batch(images, labels)
             yield images, labels

@@ -126,14 +126,14 @@ class LoadMap:
             link (failed).
         down: label -> load of the links spine -> leaf, ``[leaves, spines]``; empty if there is nothing to
             show beside ``up``.
-        unit: unit of the loads ("x ideal", "GB").
+        unit: unit of the loads ("× ideal", "GB").
         ideal: the load under ideal balancing, marked on the colour scale.
     """
 
     title: str
     up: Mapping[str, np.ndarray]
     down: Mapping[str, np.ndarray] = field(default_factory=dict)
-    unit: str = "x ideal"
+    unit: str = "× ideal"
     ideal: float | None = None
     caption: str = ""
     setting: Mapping[str, Any] = field(default_factory=dict)

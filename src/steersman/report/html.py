@@ -58,7 +58,7 @@ from steersman.report.summary import (
     value_name,
     varying,
 )
-from steersman.report.terminal import duration, sure
+from steersman.report.terminal import BADGES, duration, sure
 from steersman.report.theme import DARK, LIGHT, SHAPES, Mark, marks
 
 MOST_COLUMNS = 16
@@ -125,6 +125,7 @@ def render(comparison: Comparison, exhibits: Sequence[Block] = ()) -> str:
             contenders=comparison.contenders,
             picks=[_card(comparison, p) for p in found],
             as_table=len(found) > MOST_CARDS,
+            one_recipe=len({p.best for p in found}) == 1 and len(found) > 1,
             quality=quality.replace("_", " "),
             recipes={c: recipe(comparison, c) for c in comparison.contenders},
             plots=_plots(comparison, names),
@@ -247,14 +248,6 @@ def _few(comparison: Comparison) -> bool:
 
 # ------------------------------------------------------------------ picks
 
-BADGES = {
-    "clear": "clear",
-    "close": "too close to call",
-    "tied": "tied",
-    "unknown": "too few seeds to tell",
-    "alone": "alone",
-}
-
 
 def _card(comparison: Comparison, found: Pick) -> dict[str, Any]:
     about = comparison.bench.figures
@@ -271,9 +264,6 @@ def _card(comparison: Comparison, found: Pick) -> dict[str, Any]:
     strips = []
     for gap in shown:
         first, last = gap.interval or (gap.mean, gap.mean)
-        text = number(gap.mean, 3)
-        if gap.interval is not None and first != last:
-            text += f" ({number(first, 3)} to {number(last, 3)})"
         strips.append(
             {
                 "label": gap.b,
@@ -281,7 +271,8 @@ def _card(comparison: Comparison, found: Pick) -> dict[str, Any]:
                 "width": round(at(last) - at(first), 2),
                 "at": at(gap.mean),
                 "clear": gap.clear is True,
-                "text": text,
+                "text": number(gap.mean, 3),
+                "interval": f"{number(first, 3)} to {number(last, 3)}" if first != last else "",
             }
         )
     return {
@@ -338,7 +329,7 @@ def _plots(comparison: Comparison, names: _Names) -> list[dict[str, Any]]:
                 label = f"{words}: how much better than {reference}, paired by seed"
                 tabs.append(
                     {
-                        "title": f"{words}, paired",
+                        "title": f"{words} against {_brief(reference)}",
                         "caption": (
                             f"How much better than {reference} at the same seeds, with 95% intervals; hollow marks "
                             "are not clearly different from it."
@@ -542,7 +533,10 @@ def _side_by_side(block: SideBySide) -> dict[str, Any]:
     items = [
         {
             "prompt": item.prompt[:MOST_CHARACTERS],
-            "texts": [{"label": label, "pieces": _pieces(t), "facts": t.facts} for label, t in item.texts.items()],
+            "texts": [
+                {"label": label, "pieces": _pieces(t), "facts": t.facts, "long": len(t.text) > 600}
+                for label, t in item.texts.items()
+            ],
         }
         for item in block.items[:MOST_PROMPTS]
     ]
@@ -658,7 +652,7 @@ def _scatter(block: Scatter, table: Mapping[str, Mark]) -> dict[str, Any]:
     if not len(frame):
         frame = np.zeros((1, 2))
     low, high = np.quantile(frame, 0.002, axis=0), np.quantile(frame, 0.998, axis=0)
-    half = max(float((high - low).max()) * 0.6, 1e-9)
+    half = max(float((high - low).max()) * 0.66, 1e-9)
     middle = (low + high) / 2
 
     def path(points: np.ndarray) -> tuple[str, int]:
@@ -716,8 +710,11 @@ def _plain_table(block: TableBlock) -> dict[str, Any]:
             text = number(float(value)) if numeric else "–" if value is None else str(value)
             cells.append({"text": text, "numeric": numeric, "who": name == "contender"})
         rows.append(cells)
-    numeric = [bool(rows) and all(row[i]["numeric"] for row in rows) for i in range(len(block.columns))]
-    return {"columns": list(zip([str(c) for c in block.columns], numeric, strict=True)), "rows": rows}
+    columns = [
+        (str(name), bool(rows) and all(row[i]["numeric"] or row[i]["text"] == "–" for row in rows))
+        for i, name in enumerate(block.columns)
+    ]
+    return {"columns": columns, "rows": rows}
 
 
 def _data_uri(kind: str, content: bytes) -> str:

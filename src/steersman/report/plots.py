@@ -165,7 +165,7 @@ def curves_plot(
         if block.log_y and all((v > 0).all() for v in finite[1::2]):
             axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda v, _: number(v, 3)))
+            axis.set_major_formatter(FuncFormatter(_tick))
         axes.set_xlabel(block.x_label)
         axes.set_ylabel(block.y_label)
         return canvas
@@ -471,6 +471,8 @@ def _svg(figure: Figure) -> str:
 def _axes(canvas: Any, theme: Theme) -> Axes:
     axes: Axes = canvas.add_subplot()
     # Ticks are made when the figure is written, when the style no longer holds: give them colours here.
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     axes.tick_params(which="both", color=theme["muted"], labelcolor=theme["ink"], grid_color=theme["line"])
     return axes
 
@@ -513,8 +515,12 @@ def _scale(axes: Axes, which: str, values: Sequence[float], ticks: Sequence[floa
     if ticks and len(ticks) <= 9:
         axis.set_major_locator(matplotlib.ticker.FixedLocator(list(ticks)))
         axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: number(v, 3)))
+    axis.set_major_formatter(FuncFormatter(_tick))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _tick(value: float, _: Any) -> str:
+    return number(float(f"{value:.6g}"))
 
 
 def _axis_name(comparison: Comparison, name: str) -> str:

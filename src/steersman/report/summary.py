@@ -331,8 +331,10 @@ def number(x: float, digits: int = 4) -> str:
         return {math.inf: "∞", -math.inf: "−∞"}.get(x, "not a number")
     if x == 0:
         return "0"
-    if float(x).is_integer() and abs(x) < 1e6:
-        return f"{int(x)}".replace("-", "−")
+    if float(x).is_integer() and abs(x) < 1e9:
+        return f"{int(x):,}".replace("-", "−") if abs(x) >= 10_000 else f"{int(x)}".replace("-", "−")
+    if float(f"{x:.{digits}g}") == x and 1e-4 <= abs(x) < 1e6:
+        return f"{x:.{digits}g}".replace("-", "−")
     exponent = math.floor(math.log10(abs(float(f"{x:.{digits - 1}e}"))))
     if -4 <= exponent < 6:
         return f"{x:.{max(digits - 1 - exponent, 0)}f}".replace("-", "−")

@@ -20,6 +20,7 @@ from rich.text import Text as RichText
 
 from steersman.engine.bench import Row
 from steersman.engine.comparison import Comparison
+from steersman.report.evidence import effect_text, interval_text, units_text
 from steersman.report.summary import (
     Pick,
     cell,
@@ -36,6 +37,13 @@ from steersman.report.summary import (
 QUIET_S = 5.0
 """Seconds between two plain lines of progress where there is no terminal."""
 
+BADGES = {
+    "clear": "clear",
+    "close": "too close to call",
+    "tied": "tied",
+    "unknown": "too few seeds to tell",
+    "alone": "alone",
+}
 STYLES = {"holds": "green", "fails": "red", "not shown": "yellow"}
 
 
@@ -209,7 +217,7 @@ def verdict_lines(comparison: Comparison) -> list[RichText]:
         where = setting_name(found.setting, varying(comparison))
         text = plain_text(f"{where}: " if where else "")
         text.append_text(plain_text(found.best, style="bold"))
-        text.append_text(plain_text(f"  {sure(found)}", style="dim"))
+        text.append_text(plain_text(f"  {BADGES[found.verdict]}: {sure(found)}", style="dim"))
         lines.append(text)
     return (
         [
@@ -228,18 +236,19 @@ def sure(found: Pick) -> str:
     """How sure a pick is, in words."""
     if found.verdict == "alone":
         return "nothing to compare it with here"
-    runner = found.rivals[0]
-    if found.verdict == "unknown":
-        return f"{number(runner.mean, 3)} better than {runner.b}; no interval with fewer than 5 seeds"
-    tied = [d.b for d in found.rivals if d.mean == 0 and d.interval == (0.0, 0.0)]
     if found.verdict == "tied":
+        tied = [d.b for d in found.rivals if d.mean == 0 and d.interval == (0.0, 0.0)]
         return f"the same as {listed(tied)} at every seed"
+    runner = found.rivals[0]
+    gap = f"{number(runner.mean, 3)} better than {runner.b}"
+    if found.verdict == "unknown":
+        return f"{gap}; no interval with fewer than 5 seeds"
     low, high = runner.interval or (runner.mean, runner.mean)
-    gap = f"{number(runner.mean, 3)} better than {runner.b} (95%: {number(low, 3)} to {number(high, 3)})"
+    gap += f" (95%: {number(low, 3)} to {number(high, 3)})" if low != high else " at every seed"
     if found.verdict == "clear":
-        return f"clear: {gap}"
+        return gap
     cheap = f"; {found.cheaper} costs less" if found.cheaper else ""
-    return f"not clear: {gap}; {listed(found.close, 'or')} may be as good{cheap}"
+    return f"{gap}; {listed(found.close, 'or')} may be as good{cheap}"
 
 
 def print_verdicts(evidence: Mapping[str, Any], console: Console | None = None) -> None:
@@ -260,14 +269,13 @@ def verdict_table(claims: Sequence[Mapping[str, Any]], title: str = "") -> Table
     for claim in claims:
         statement = plain_text(str(claim["statement"]))
         statement.append_text(plain_text(f"\n{claim['reason']}", style="dim"))
-        interval = claim.get("interval")
         table.add_row(
             statement,
             plain_text(claim["verdict"], style=STYLES.get(claim["verdict"], "")),
-            "–" if claim.get("effect") is None else number(claim["effect"], 3),
-            "–" if interval is None else f"{number(interval[0], 3)} to {number(interval[1], 3)}",
+            effect_text(claim),
+            interval_text(claim),
             number(claim["margin"], 3),
-            f"{claim['n']} {claim['unit']}s" if claim["unit"] != "exact" else f"{claim['n']}",
+            units_text(claim),
         )
     return table
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,6 @@ def test_what_a_card_names_exists(card):
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda c: c.id)
 def test_errata_name_tests_that_exist(card):
-    import re
-
     errata = card.text.partition("## Errata")[2]
     for path, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", errata):
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
@@ -75,10 +74,13 @@ def test_the_catalogue_imports_nothing_heavy():
 
 
 def test_methods_answers_in_under_300_ms():
+    """Processor time, so that a busy machine does not decide; on an idle one it is the wall-clock time."""
+
     def once() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "steersman", "methods"], check=True, capture_output=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(once() for _ in range(5)) < 0.3
 

@@ -1,95 +1,11 @@
-"""A bench and comparisons that need no model, for the report's tests."""
-
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from steersman.engine.bench import Figure, Knob, PartInfo, Row
+
 from steersman.engine.comparison import Comparison
-from steersman.engine.contenders import parse
-
-QUALITY = {"ddim": 3.0, "heun": 2.4, "plms": 1.6, "euler": 3.6}
-
-
-class ToyBench:
-    """Quality falls with the calls; every contender has its own curve."""
-
-    id = "sampling"
-    shape = "Sampler"
-    default_subject = "digits"
-    headline = ("frechet", "calls")
-    knobs = {
-        "calls": Knob(int, (5, 10, 20), "network calls a sample may cost", low=1, high=1000),
-        "images": Knob(int, 256, "images a trial makes", low=1, sweep=False),
-    }
-    figures = {
-        "frechet": Figure("", "lower", "quality", "Frechet distance to held-out digits in the classifier's features."),
-        "accuracy": Figure("%", "higher", "quality", "How often the classifier sees the class that was asked for."),
-        "seconds": Figure("s", "lower", "cost", "Wall time of one trial."),
-        "mode_entropy": Figure("nats", "neither", "info", "Entropy of the classes that came out."),
-    }
-
-    def parts(self) -> dict[str, PartInfo]:
-        return {
-            name: PartInfo(dict, f"The {name} solver.", f"pipe.scheduler = {name.title()}Scheduler(order=2{{, knobs}})")
-            for name in QUALITY
-        }
-
-
-def rows_of(
-    contenders: list[str],
-    calls: list[int] = [5, 10, 20],  # noqa: B006
-    seeds: int = 8,
-    bench: Any = ToyBench,
-) -> list[Row]:
-    rows = []
-    for n in calls:
-        for seed in range(seeds):
-            shared = np.random.default_rng(seed).normal(0, 0.08)  # common to all contenders: pairing helps
-            for i, label in enumerate(contenders):
-                own = np.random.default_rng([seed, i, n])
-                level = QUALITY.get(label.split(":")[0].split("+")[0], 2.0 + 0.3 * i)
-                frechet = level * (10 / n) ** 0.8 + 0.4 + shared + own.normal(0, 0.02)
-                figures = {
-                    "frechet": frechet,
-                    "accuracy": 100 / (1 + 0.05 * frechet) + own.normal(0, 0.2),
-                    "seconds": 0.02 * n * (1 + 0.1 * i) + abs(own.normal(0, 0.01)),
-                    "mode_entropy": 2.2 + own.normal(0, 0.01),
-                }
-                parts = parse(label).to_json()
-                setting = {"calls": n, "images": 256}
-                key = f"{label}-{n}-{seed}"
-                rows.append(
-                    Row(key, bench.id, label, parts, setting, seed, "ok", figures, {"wall_s": 0.4, "cpu_s": 0.7})
-                )
-    return rows
-
-
-def comparison_of(rows: list[Row], contenders: list[str], out: Path, bench: Any = None, **config: Any) -> Comparison:
-    bench = bench or ToyBench()
-    swept = {k: sorted({r.setting[k] for r in rows if k in r.setting}) for k, v in bench.knobs.items() if v.sweep}
-    return Comparison(
-        bench,
-        rows,
-        {
-            "bench": bench.id,
-            "subject": "digits",
-            "contenders": contenders,
-            "parts": {c: parse(c).to_json() for c in contenders},
-            "grid": swept,
-            "fixed": {"images": 256},
-            "seeds": sorted({r.seed for r in rows}),
-            "versions": {"steersman": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "numpy": "2.4.6"},
-            "machine": {"system": "Linux x86_64", "cores": 2, "threads": 2},
-            "started": "2026-11-24T03:25:27+00:00",
-            "command": "steersman compare sampling --methods ddim,plms --calls 5,10,20 --seeds 8",
-            **config,
-        },
-        out,
-    )
+from tests.report.toy import comparison_of, rows_of
 
 
 @pytest.fixture

@@ -57,6 +57,7 @@ from steersman.report.summary import (
     troubles,
     value_name,
     varying,
+    with_unit,
 )
 from steersman.report.terminal import BADGES, duration, sure
 from steersman.report.theme import DARK, LIGHT, SHAPES, Mark, marks
@@ -199,21 +200,22 @@ def _headline(comparison: Comparison, found: Sequence[Pick]) -> str:
         return f"An empty {comparison.bench.id} comparison"
     if not found:
         return f"{listed([_brief(c) for c in comparison.contenders[:4]])} side by side"
-    best, sureness = {p.best for p in found}, {p.verdict for p in found}
+    sureness = {p.verdict for p in found}
+    unbeaten = [c for c in comparison.contenders if all(c == p.best or c in p.tied for p in found)]
     cost = comparison.bench.headline[1]
     place = "budget" if varying(comparison) == [cost] else "setting"
     everywhere = f" at every {place}" if len(found) > 1 else ""
     if sureness == {"alone"}:
         return f"{_brief(found[0].best)} on {comparison.config.get('subject', 'the subject')}"
-    if len(best) > 1:
+    if not unbeaten:
         return f"Which one is best depends on the {place}"
-    name = _brief(found[0].best)
+    name = _brief(unbeaten[0])
     if sureness == {"clear"}:
         return f"{name} is best{everywhere}"
     if "unknown" in sureness:
         return f"{name} leads{everywhere}; the seeds are too few to be sure"
     if sureness <= {"tied", "clear"}:
-        return f"Nothing is better than {name}{everywhere}"
+        return f"Nothing is better than {name}{' at any ' + place if len(found) > 1 else ''}"
     return f"{name} leads{everywhere}, but not {'always ' if 'clear' in sureness else ''}clearly"
 
 
@@ -280,7 +282,7 @@ def _card(comparison: Comparison, found: Pick) -> dict[str, Any]:
         "best": found.best,
         "value": found.estimate.text,
         "unit": about[found.figure].unit,
-        "cost": f"{cost.replace('_', ' ')} {found.cost.text} {about[cost].unit}".strip() if found.cost else "",
+        "cost": with_unit(f"{cost.replace('_', ' ')} {found.cost.text}", cost, about[cost].unit) if found.cost else "",
         "verdict": found.verdict,
         "badge": BADGES[found.verdict],
         "sure": sure(found),
@@ -400,8 +402,7 @@ def _figure_table(comparison: Comparison) -> dict[str, Any]:
                 estimate = cell(comparison, name, contender, setting)
                 mark = ""
                 if found is not None and found.rivals:
-                    tied = any(d.b == contender and d.mean == 0 and d.clear is False for d in found.rivals)
-                    if contender == found.best or (tied and estimate.mean == found.estimate.mean):
+                    if contender == found.best or contender in found.tied:
                         mark = "best"
                     elif contender in found.close:
                         mark = "close"
@@ -412,7 +413,12 @@ def _figure_table(comparison: Comparison) -> dict[str, Any]:
         groups.append({"title": _place(comparison, setting), "rows": rows})
     return {
         "columns": [
-            {"name": n.replace("_", " "), "unit": figures[n].unit, "goal": arrows[figures[n].better]} for n in columns
+            {
+                "name": n.replace("_", " "),
+                "unit": with_unit("", n, figures[n].unit).strip(),
+                "goal": arrows[figures[n].better],
+            }
+            for n in columns
         ],
         "groups": groups if columns else [],
         "titled": len(groups) > 1,

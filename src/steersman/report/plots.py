@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib import image as mpl_image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from steersman.engine.comparison import Comparison
 from steersman.report.blocks import Curves, ImageGrid, Timeline
@@ -60,8 +60,9 @@ def quality_plot(
         names = list(dict.fromkeys(str(s.get(cost)) for s in settings))
         labels = comparison.contenders
         all_x, all_y = [], []
+        drawn: list[tuple[Mark, list[tuple[Any, Estimate]]]] = []
         for place, (label, mark) in enumerate(marks(labels).items()):
-            points = []
+            points: list[tuple[Any, Estimate]] = []
             for setting in settings:
                 y = cell(comparison, figure, label, setting)
                 if y.kind == "none":
@@ -76,10 +77,15 @@ def quality_plot(
                     if x.kind == "none":
                         continue
                 points.append((x, y))
-            points.sort(key=lambda p: p[0].mean if isinstance(p[0], Estimate) else p[0])
-            _points(axes, points, mark, theme, joined=numeric or not by_knob)
-            all_x += [p[0].mean if isinstance(p[0], Estimate) else p[0] for p in points]
+            points.sort(key=lambda p: _middle(p[0]))
+            drawn.append((mark, points))
+            all_x += [_middle(p[0]) for p in points]
             all_y += [p[1].mean for p in points]
+        for i, (mark, points) in enumerate(drawn):
+            # What later contenders cover is drawn larger, so that it shows around them.
+            later = [(_middle(x), y.mean) for _, others in drawn[i + 1 :] for x, y in others]
+            sizes = [7.5 + 3.5 * sum(_close(p, (_middle(x), y.mean)) for p in later) for x, y in points]
+            _points(axes, points, mark, theme, joined=numeric or not by_knob, sizes=sizes)
         if numeric or not by_knob:
             _scale(axes, "x", all_x, ticks=sorted({float(s[cost]) for s in settings}) if numeric else None)
         else:
@@ -323,7 +329,7 @@ def overview(comparison: Comparison, exhibits: Sequence[Any] = (), theme: Theme 
                 if y.kind != "none" and (isinstance(x, float) or x.kind != "none"):
                     points.append((x, y))
             _points(axes, points, mark, theme, joined=True, name=_short(label, 26))
-            all_x += [p[0].mean if isinstance(p[0], Estimate) else p[0] for p in points]
+            all_x += [_middle(p[0]) for p in points]
             all_y += [p[1].mean for p in points]
         _scale(axes, "x", all_x, ticks=sorted({float(s[cost]) for s in comparison.settings}) if numeric else None)
         _scale(axes, "y", all_y)
@@ -478,10 +484,16 @@ def _axes(canvas: Any, theme: Theme) -> Axes:
 
 
 def _points(
-    axes: Axes, points: Sequence[tuple[Any, Estimate]], mark: Mark, theme: Theme, joined: bool, name: str = ""
+    axes: Axes,
+    points: Sequence[tuple[Any, Estimate]],
+    mark: Mark,
+    theme: Theme,
+    joined: bool,
+    name: str = "",
+    sizes: Sequence[float] = (),
 ) -> None:
     """Means with their intervals, joined by a line."""
-    xs = [p[0].mean if isinstance(p[0], Estimate) else p[0] for p in points]
+    xs = [_middle(p[0]) for p in points]
     ys = [p[1].mean for p in points]
     colour = theme[mark.colour]
     axes.plot(
@@ -496,13 +508,24 @@ def _points(
         zorder=4,
         label=name or None,
     )
+    for x, y, size in zip(xs, ys, sizes, strict=False):
+        if size > 7.5:
+            axes.plot([x], [y], MARKERS[mark.marker], color=colour, markersize=size, zorder=3.5)
     for x, y in points:
         if y.low is not None and y.high is not None:
-            at = x.mean if isinstance(x, Estimate) else x
+            at = _middle(x)
             dotted = (0, (1, 1)) if y.kind == "range" else "-"
             axes.plot([at, at], [y.low, y.high], color=colour, linewidth=2.2, linestyle=dotted, alpha=0.75, zorder=3)
         if isinstance(x, Estimate) and x.low is not None and x.high is not None:
             axes.plot([x.low, x.high], [y.mean, y.mean], color=colour, linewidth=1.4, alpha=0.75, zorder=3)
+
+
+def _middle(x: Any) -> float:
+    return x.mean if isinstance(x, Estimate) else float(x)
+
+
+def _close(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return all(math.isclose(p, q, rel_tol=0.01) for p, q in zip(a, b, strict=True))
 
 
 def _scale(axes: Axes, which: str, values: Sequence[float], ticks: Sequence[float] | None = None) -> None:
@@ -513,8 +536,10 @@ def _scale(axes: Axes, which: str, values: Sequence[float], ticks: Sequence[floa
     if far:
         (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     if ticks and len(ticks) <= 9:
-        axis.set_major_locator(matplotlib.ticker.FixedLocator(list(ticks)))
+        axis.set_major_locator(FixedLocator(list(ticks)))
         axis.set_minor_locator(NullLocator())
+    elif far and max(finite) / min(finite) < 100:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(_tick))
     axis.set_minor_formatter(NullFormatter())
 
@@ -529,7 +554,7 @@ def _axis_name(comparison: Comparison, name: str) -> str:
     if about is None:
         return words
     goal = {"lower": " (lower is better)", "higher": " (higher is better)", "neither": ""}[about.better]
-    return f"{words}{', ' + about.unit if about.unit else ''}{goal}"
+    return f"{words}{', ' + about.unit if about.unit not in ('', words) else ''}{goal}"
 
 
 def _thinned(x: Sequence[float], y: Sequence[float], most: int = 400) -> tuple[np.ndarray, np.ndarray]:

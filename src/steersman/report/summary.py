@@ -158,13 +158,18 @@ class Pick:
         return tuple(d.b for d in self.rivals if d.clear is False)
 
     @property
+    def tied(self) -> tuple[str, ...]:
+        """Contenders that are exactly as good at every seed."""
+        return tuple(d.b for d in self.rivals if d.mean == 0 and d.interval == (0.0, 0.0))
+
+    @property
     def verdict(self) -> Literal["clear", "close", "tied", "unknown", "alone"]:
         """How sure the pick is."""
         if not self.rivals:
             return "alone"
         if any(d.clear is None for d in self.rivals):
             return "unknown"
-        if any(d.mean == 0 and d.interval == (0.0, 0.0) for d in self.rivals):
+        if self.tied and set(self.close) == set(self.tied):
             return "tied"
         return "close" if self.close else "clear"
 
@@ -360,6 +365,11 @@ def _scientific(text: str) -> str:
     mantissa, _, power = text.partition("e")
     raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{mantissa}×10{raised}".replace("-", "−")
+
+
+def with_unit(text: str, name: str, unit: str) -> str:
+    """``text`` followed by its unit, unless the figure's ``name`` says it already."""
+    return text if not unit or unit == name.replace("_", " ") else f"{text} {unit}"
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:

@@ -188,7 +188,8 @@ def figure_table(comparison: Comparison, figure: str) -> Table:
     knobs = varying(comparison)
     settings = comparison.settings or [{}]
     goal = "" if about.better == "neither" else f", {about.better} is better"
-    unit = f" ({about.unit}{goal})" if about.unit else f" ({goal[2:]})" if goal else ""
+    said = about.unit == figure.replace("_", " ")
+    unit = f" ({about.unit}{goal})" if about.unit and not said else f" ({goal[2:]})" if goal else ""
     table = Table(
         title=plain_text(f"{figure.replace('_', ' ')}{unit}"), box=box.SIMPLE, title_justify="left", pad_edge=False
     )
@@ -237,8 +238,7 @@ def sure(found: Pick) -> str:
     if found.verdict == "alone":
         return "nothing to compare it with here"
     if found.verdict == "tied":
-        tied = [d.b for d in found.rivals if d.mean == 0 and d.interval == (0.0, 0.0)]
-        return f"the same as {listed(tied)} at every seed"
+        return f"the same as {listed(found.tied)} at every seed"
     runner = found.rivals[0]
     gap = f"{number(runner.mean, 3)} better than {runner.b}"
     if found.verdict == "unknown":
@@ -291,9 +291,7 @@ def duration(seconds: float) -> str:
 
 
 def _wins(best: Pick, contender: str) -> bool:
-    if contender == best.best:
-        return True
-    return any(d.b == contender and d.mean == 0 and d.interval == (0.0, 0.0) for d in best.rivals)
+    return contender == best.best or contender in best.tied
 
 
 def _present(comparison: Comparison) -> list[str]:

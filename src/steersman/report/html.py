@@ -209,7 +209,7 @@ def _headline(comparison: Comparison, found: Sequence[Pick]) -> str:
         return f"{_brief(found[0].best)} on {comparison.config.get('subject', 'the subject')}"
     if not unbeaten:
         return f"Which one is best depends on the {place}"
-    name = _brief(unbeaten[0])
+    name = _brief(max(unbeaten, key=lambda c: sum(p.best == c for p in found)))
     if sureness == {"clear"}:
         return f"{name} is best{everywhere}"
     if "unknown" in sureness:

@@ -508,9 +508,9 @@ def _points(
         zorder=4,
         label=name or None,
     )
-    for x, y, size in zip(xs, ys, sizes, strict=False):
+    for at, mean, size in zip(xs, ys, sizes, strict=False):
         if size > 7.5:
-            axes.plot([x], [y], MARKERS[mark.marker], color=colour, markersize=size, zorder=3.5)
+            axes.plot([at], [mean], MARKERS[mark.marker], color=colour, markersize=size, zorder=3.5)
     for x, y in points:
         if y.low is not None and y.high is not None:
             at = _middle(x)

@@ -904,8 +904,10 @@ def test_missing_or_broken_input_and_subject_are_refused(subject, tmp_path):
 def test_every_valid_configuration_takes_a_step(n, spacing, eta, prediction, kernel):
     trainer = finetuner(
         UNET,
-        scheduler=DDPMScheduler(prediction_type=prediction),
+        scheduler=DDPMScheduler(prediction_type=prediction, beta_end=0.005),
         num_inference_steps=n,
+        eval_samples=4,
+        batch_size=4,
         spacing=spacing,
         eta=eta,
         kernel=kernel,

@@ -512,8 +512,8 @@ class MMDFinetuner:
                         parameter.copy_(value)
                 if config.report_to:
                     accelerator.end_training()
-                if self._own_accelerator:
-                    accelerator.free_memory()
+                if self._own_accelerator:  # which holds this run's objects; the next run starts anew
+                    self.accelerator = self._accelerator()
         self._chain = self._make_chain(self.unet)
         if state.collapsed_at is not None:
             warnings.warn(

@@ -17,6 +17,8 @@ import functools
 import inspect
 import math
 import numbers
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ class ContrastiveSearch:
     top_k: int
     alpha: float
     streamer: Any
+    generate_options: Mapping[str, Any] = MappingProxyType({"do_sample": False, "num_beams": 1})
 
     def __init__(self, top_k: int = 5, alpha: float = 0.6, streamer: Any = None) -> None:
         if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:

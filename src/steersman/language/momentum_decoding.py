@@ -178,6 +178,13 @@ class MomentumDecoding(LogitsProcessor):
         self.exempt = torch.tensor(self.exempt_ids, dtype=torch.long)
         self._carried: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def generate_options(self) -> dict[str, Any]:
+        """The options that ``generate`` must have beside this processor."""
+        if not self.sample:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """p - alpha f(l) for the candidates, -inf for the rest, float32.
 

@@ -158,6 +158,19 @@ def with_end(grid: Sequence[float], only: float = 1.0) -> list[float]:
 # ------------------------------------------------------------------ the adapter
 
 
+class PerStep(int):
+    """Evaluations per step, which is what pipelines take ``order`` for when they index ``timesteps``.
+
+    SDXL's refiner also begins one slot early if ``order == 2``. Our slots need no such correction (the
+    latent it is given belongs to the slot it would skip), so this number equals nothing but itself.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = int.__hash__
+
+
 class Slot(NamedTuple):
     """One network evaluation: stage ``k`` of ``step``, at time ``t``; ``next`` is the next slot's time."""
 
@@ -233,6 +246,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
     init_noise_sigma = 1.0
+    _solver_settings: ClassVar[set[str]] = set()  # of all subclasses
 
     def make_solver(self, process: DiscreteVP) -> Solver[Any]:
         """The solver over ``process``; a subclass's keyword-only parameters become settings."""
@@ -256,6 +270,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         __init__.__signature__ = inspect.Signature(settings)  # type: ignore[attr-defined]
         __init__.__doc__ = cls.__doc__
         cls._own_settings = tuple(p.name for p in own)  # type: ignore[attr-defined]
+        SolverScheduler._solver_settings.update(p.name for p in own)
         cls.__init__ = register_to_config(__init__)  # type: ignore[method-assign]
 
     @classmethod
@@ -269,6 +284,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         for name in kwargs:
             if not return_unused_kwargs and name not in (*known, "dtype", "torch_dtype"):
                 raise InputError(f"setting of {cls.__name__}", name, nearest(name, known))
+        if isinstance(config, dict):
+            foreign = SolverScheduler._solver_settings.difference(known)
+            config = {name: value for name, value in config.items() if name not in foreign}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _setup(self) -> None:
@@ -292,6 +310,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 raise InputError(name, c[name], "a number above 0")
         if not 0 < c.dynamic_thresholding_ratio <= 1:
             raise InputError("dynamic_thresholding_ratio", c.dynamic_thresholding_ratio, "a number above 0, at most 1")
+        self._processes: dict[float, DiscreteVP] = {}
         self._make_solver()  # so that a wrong setting is refused here, not at the first run
         # What training code and other libraries read; the solver's own table is float64.
         self.alphas_cumprod = torch.from_numpy(self._abar.astype(np.float32))
@@ -304,8 +323,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _make_solver(self) -> Solver[Any]:
         c: Any = self.config
-        process = DiscreteVP(self._abar, 1.0 if c.set_alpha_to_one else float(self._abar[0]))
-        return self.make_solver(process, **{name: c[name] for name in self._own_settings})  # type: ignore[attr-defined]
+        final = 1.0 if c.set_alpha_to_one else float(self._abar[0])
+        if final not in self._processes:
+            self._processes[final] = DiscreteVP(self._abar, final)
+        return self.make_solver(self._processes[final], **{name: c[name] for name in self._own_settings})  # type: ignore[attr-defined]
 
     # -------------------------------------------------------------- the plan
 
@@ -357,7 +378,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             for (step, k, t), after in zip(calls, following, strict=True)
         ]
         self._solver = solver
+        self._kind = c.prediction_type
+        self._bounded = bool(c.thresholding or c.clip_sample)
         self.num_inference_steps = len(grid) - 1
+        # What img2img multiplies its first step by to find the slot: right where all steps (but the step
+        # to the clean end) have equally many evaluations. With a longer start no number is right.
+        counts = {len(step.stages) for step in steps[:-1]} or {1}
+        self.order = PerStep(counts.pop() if len(counts) == 1 else 1)
         whole = all(slot.t.is_integer() for slot in self._slots)
         dtype = torch.int64 if whole else torch.float32
         self.timesteps = torch.tensor([slot.t for slot in self._slots], dtype=dtype, device=device)
@@ -458,17 +485,17 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return output
 
     def _predict(self, output: Tensor, x: Tensor, slot: Slot) -> Prediction:
+        pred = Prediction.read(self._kind, output, x, slot.alpha, slot.sigma)
+        if not self._bounded:
+            return pred
         c: Any = self.config
-        pred = Prediction.read(c["prediction_type"], output, x, slot.alpha, slot.sigma)
         if c["thresholding"]:
             flat = pred.x0.flatten(1)
             limit = torch.quantile(flat.abs(), c["dynamic_thresholding_ratio"], dim=1, keepdim=True)
             limit = limit.clamp(min=1.0, max=max(1.0, c["sample_max_value"]))
             x0 = (flat.clamp(-limit, limit) / limit).reshape(x.shape)
-        elif c["clip_sample"]:
-            x0 = pred.x0.clamp(-c["clip_sample_range"], c["clip_sample_range"])
         else:
-            return pred
+            x0 = pred.x0.clamp(-c["clip_sample_range"], c["clip_sample_range"])
         return Prediction(x, slot.alpha, slot.sigma, x0=x0)
 
     def _begin(self, timestep: float | Tensor) -> int:
@@ -543,7 +570,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._levels[key] = tuple(torch.from_numpy(a).to(dtype).to(like.device) for a in tables)  # type: ignore[assignment]
         alpha, sigma = self._levels[key]
         if timesteps.is_floating_point():
-            process = DiscreteVP(self._abar)
+            process = next(iter(self._processes.values()))  # at these times all are the same
             times = [float(t) for t in timesteps.flatten().tolist()]
             alpha, sigma = (
                 torch.tensor([f(t) for t in times], dtype=dtype, device=like.device)

@@ -123,7 +123,7 @@ class Counters:
         self.interface = interface
         self.usage = Usage()
         self._library: torch.library.Library | None = None
-        self._origin: float | None = None
+        self.origin: float | None = None
 
     def __enter__(self) -> Self:
         if self._library is not None:
@@ -138,7 +138,7 @@ class Counters:
                 library.impl(name, kernel, key, with_keyset=True)
         self._library = library
         self._start = (time.perf_counter(), time.process_time())
-        self._origin = self._start[0] if self._origin is None else self._origin
+        self.origin = self._start[0] if self.origin is None else self.origin
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -157,7 +157,7 @@ class Counters:
         usage.communicating_s = _covered(usage.spans)
 
     def _record(self, name: str, sent: float, work: Any) -> None:
-        usage, origin = self.usage, self._origin
+        usage, origin = self.usage, self.origin
         assert origin is not None
         usage.payload_bytes += sent
         usage.calls[name] = usage.calls.get(name, 0) + 1

@@ -89,13 +89,14 @@ def pipeline(name: str = "gaussians", **settings: Any) -> ClassConditionalPipeli
         name: a mixture's name.
         settings: of :class:`MixtureModel` (``beta_schedule``, ``prediction_type``, ...).
     """
-    model = MixtureModel(name, **settings)
+    # By keyword: diffusers records a positional argument as a default, which from_config then drops.
+    model = MixtureModel(mixture=name, **settings)
     c = model.config
     scheduler = DDIMScheduler(
-        c.num_train_timesteps,
-        c.beta_start,
-        c.beta_end,
-        c.beta_schedule,
+        num_train_timesteps=c.num_train_timesteps,
+        beta_start=c.beta_start,
+        beta_end=c.beta_end,
+        beta_schedule=c.beta_schedule,
         clip_sample=False,
         prediction_type=c.prediction_type,
     )

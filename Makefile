@@ -31,7 +31,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 docs: .venv/.dev ## the documentation site, in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 readme: .venv/.dev ## the README's table, from the cards
 	$(BIN)/python docs/render.py

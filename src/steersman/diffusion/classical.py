@@ -101,7 +101,7 @@ class RungeKutta(Solver[Slopes]):
         self, k: int, x: Tensor, pred: Prediction, step: Step, state: Slopes, noise: Noise
     ) -> tuple[Tensor, Slopes]:
         p, t, s = self.process, step.t, step.s
-        if len(step.stages) < len(self.c):
+        if len(step.stages) < len(self.c) or p.alpha_bar(t) == 0.0:
             return first_order(p, x, pred, t, s), state
         start, slopes = (x, ()) if k == 0 else state
         last = k + 1 == len(self.c)

@@ -132,9 +132,7 @@ def test_missing_rows_are_counted(comparison: Comparison):
 
 
 def test_a_recipe_has_the_line_with_its_knobs(comparison: Comparison):
-    assert summary.recipe(comparison, "heun:churn=0.5").lines == (
-        "pipe.scheduler = HeunScheduler(order=2, churn=0.5)",
-    )
+    assert summary.recipe(comparison, "heun:churn=0.5").lines == ("pipe.scheduler = HeunScheduler(order=2, churn=0.5)",)
 
 
 def test_a_method_that_is_gone_from_the_catalogue_still_shows(tmp_path: Path):

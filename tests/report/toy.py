@@ -10,6 +10,23 @@ import numpy as np
 from steersman.engine.bench import Figure, Knob, PartInfo, Row
 from steersman.engine.comparison import Comparison
 from steersman.engine.contenders import parse
+from steersman.report.blocks import (
+    Activity,
+    Answers,
+    Block,
+    Curves,
+    ImageGrid,
+    Line,
+    LoadMap,
+    Note,
+    Scatter,
+    SideBySide,
+    Span,
+    TableBlock,
+    Text,
+    Timeline,
+    loops,
+)
 
 QUALITY = {"ddim": 3.0, "heun": 2.4, "plms": 1.6, "euler": 3.6}
 
@@ -130,3 +147,44 @@ def fabric_of(out: Path, seeds: int = 5) -> Comparison:
     found = comparison_of(rows, contenders, out, FabricBench(), subject="fabric", fixed={}, command=None)
     found.config["grid"] = {"collective": ["ring", "all-to-all"], "hosts": [64]}  # type: ignore[index]
     return found
+
+
+def exhibits_of(contenders: list[str]) -> list[Block]:
+    """A block of every kind."""
+    rng = np.random.default_rng(0)
+    blocks: list[Block] = [
+        ImageGrid(
+            "Images from the same noise",
+            {label: rng.random((20, 8, 8)) for label in contenders},
+            columns=[f"class {i}" for i in range(20)],
+            setting={"calls": calls},
+        )
+        for calls in (5, 10, 20)
+    ]
+    looping = "the module returns a list of names. the module returns a list of names."
+    blocks.append(
+        SideBySide(
+            "Continuations",
+            [
+                Answers(
+                    "The os module",
+                    {
+                        contenders[0]: Text(looping, loops(looping), "repetition 0.5"),
+                        contenders[-1]: Text("a portable way" * 400, [Span(2, 10, "steered", "moved by the method")]),
+                    },
+                )
+            ],
+        )
+    )
+    loads = {label: rng.poisson(8, (6, 4)) / 8 for label in contenders}
+    loads[contenders[0]][0, 0] = np.nan
+    blocks.append(LoadMap("Link loads", loads, loads, ideal=1.0))
+    target = rng.normal(size=(500, 2))
+    blocks.append(Scatter("Samples", {label: target + 0.1 * i for i, label in enumerate(contenders)}, target))
+    spans = [Activity(0.0, 1.0), Activity(1.0, 1.5, "communicate"), Activity(1.5, 2.0, "wait")]
+    blocks.append(Timeline("Who works when", {contenders[0]: {"rank 0": spans, "rank 1": spans[:2]}}))
+    line = Line([1, 2, 3], [3.0, 2.0, 1.0], [2.5, 1.5, 0.5], [3.5, 2.5, 1.5])
+    blocks.append(Curves("Loss", dict.fromkeys(contenders, line), "steps", "loss (nats)", band="range over seeds"))
+    blocks.append(TableBlock("Flows", ["contender", "flows"], [[contenders[0], 240], [contenders[-1], None]]))
+    blocks.append(Note("The classifier saw the same digits.", "warning", "Mind:"))
+    return blocks

@@ -47,7 +47,7 @@ def build(folder: str | None) -> Any:
 def rows_search(model: Any) -> ContrastiveSearch:
     """Contrastive search with k rows a step, as it is usually written, in place of the tree."""
     search = ContrastiveSearch()
-    search._takes_tree[type(model)] = False
+    search._takes_tree = {model: False}
     return search
 
 

@@ -73,18 +73,18 @@ def test_left_padding_is_single_runs(model: Any, prompts: torch.Tensor) -> None:
 def test_tree_and_rows_agree(model: Any, prompts: torch.Tensor) -> None:
     ids, mask = left_padded([prompts[0], prompts[1, :4]])
     tree, rows = ContrastiveSearch(), ContrastiveSearch()
-    rows._takes_tree[type(model)] = False
+    rows._takes_tree = {model: False}
     one = generate(model, ids, attention_mask=mask, custom_generate=tree)
     two = generate(model, ids, attention_mask=mask, custom_generate=rows)
-    assert torch.equal(one, two) and tree._takes_tree == {type(model): True}
+    assert torch.equal(one, two) and tree._takes_tree[model] is True
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_both_attentions(kind: str, attention: str, prompts: torch.Tensor) -> None:
-    search = ContrastiveSearch()
-    found = generate(tiny(kind, attn_implementation=attention), prompts, custom_generate=search)
-    assert list(search._takes_tree.values()) == [True]
+    model = tiny(kind, attn_implementation=attention)
+    found = generate(model, prompts, custom_generate=ContrastiveSearch())
+    assert ContrastiveSearch._takes_tree[model] is True
     assert torch.equal(found, generate(tiny(kind), prompts, custom_generate=ContrastiveSearch()))
 
 
@@ -100,7 +100,7 @@ def test_models_that_take_no_tree_run_in_rows(prompts: torch.Tensor) -> None:
     for model in (bloom.eval(), mistral.eval()):
         search = ContrastiveSearch()
         found = generate(model, prompts[:1], 20, custom_generate=search)
-        assert True not in search._takes_tree.values()
+        assert search._takes_tree.get(model) is not True
         assert found[0].tolist() == brute_force(model, prompts[0], 20, 5, 0.6)
 
 
@@ -134,7 +134,7 @@ def test_output_object_has_the_cache(model: Any, prompts: torch.Tensor) -> None:
     for _ in range(2):
         output = generate(model, prompts, 15, custom_generate=search, return_dict_in_generate=True, eos_token_id=None)
         assert output.past_key_values.get_seq_length() == 24 and len(output.past_key_values.layers[0].keys) == 3
-        search._takes_tree[type(model)] = False
+        search._takes_tree = {model: False}
     plain = generate(model, prompts, 15, custom_generate=search, eos_token_id=None)
     assert torch.equal(plain, output.sequences)
 

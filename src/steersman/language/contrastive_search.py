@@ -17,9 +17,10 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,9 @@ class ContrastiveSearch:
     criteria apply, p is the softmax of the processed scores, and forbidden tokens (-inf) stay forbidden.
     Every emitted token costs k forward tokens.
 
-    The first call on each class of model compares the tree of candidates with k separate rows. A model
-    that does not take a tree (ALiBi, sliding windows, recurrent layers) runs the rows, which copy a cache of
-    k times the size.
+    The first call on each model compares the tree of candidates with k separate rows. A model that does not
+    take a tree (ALiBi, sliding windows, recurrent layers) runs the rows, which copy a cache of k times the
+    size.
 
     Args:
         top_k: k, candidates a step, at least 1 (1 is greedy search at the same cost).
@@ -65,6 +66,7 @@ class ContrastiveSearch:
     top_k: int
     alpha: float
     streamer: Any
+    _takes_tree: MutableMapping[Any, bool] = WeakKeyDictionary()  # what was found out about each model
     generate_options: Mapping[str, Any] = MappingProxyType({"do_sample": False, "num_beams": 1})
 
     def __init__(self, top_k: int = 5, alpha: float = 0.6, streamer: Any = None) -> None:
@@ -75,7 +77,6 @@ class ContrastiveSearch:
         self.top_k = int(top_k)
         self.alpha = float(alpha)
         self.streamer = streamer
-        self._takes_tree: dict[type, bool] = {}
 
     @torch.no_grad()
     def __call__(
@@ -104,7 +105,7 @@ class ContrastiveSearch:
         pad = getattr(generation_config, "_pad_token_tensor", None)
         running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         rows = torch.arange(batch, device=input_ids.device)
-        tree: bool | None = self._takes_tree.get(type(model))
+        tree: bool | None = self._takes_tree.get(model)
         if not all(type(layer) is DynamicLayer for layer in cache.layers):
             tree = False
         if tree is False:
@@ -114,7 +115,7 @@ class ContrastiveSearch:
             scores = logits_processor(input_ids, logits.float())
             p, candidates = scores.softmax(-1).topk(min(self.top_k, scores.shape[1]))
             if tree is None:
-                tree = self._takes_tree[type(model)] = _tree_agrees(model, candidates, cache, seen, position)
+                tree = self._takes_tree[model] = _tree_agrees(model, candidates, cache, seen, position)
                 if not tree:
                     cache.batch_repeat_interleave(candidates.shape[1])
             forward = _tree if tree else _rows

@@ -12,6 +12,9 @@ The same machine type, versions and number of threads give the same files. The c
 - 0.7M parameters: two resolutions (8x8, 4x4), attention at 4x4, dropout 0.1 because 1200 images are few.
 - Labels are dropped with probability 0.1 to the null label 10.
 - An exponential average of the weights, started after the warm-up, is what is saved (half precision).
+- The classifiers also learn to reconstruct the image from their features, by a decoder that is thrown away.
+  Features of a plain classifier collapse towards ten points (of the perceptron's variance under 3% was
+  within classes), and distances in them hardly see how an image looks.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from torch import nn
 from torch.nn import functional as F
 
 from steersman.diffusion.pipelines import ClassConditionalPipeline
@@ -38,6 +42,7 @@ OUT = HERE.parents[1] / "src" / "steersman_reference" / "digits"
 SEED = 0
 BATCH, STEPS, WARM_UP, LEARNING_RATE, EMA = 64, 7000, 250, 1.5e-3, 0.998
 LABEL_DROPOUT = 0.1
+RECONSTRUCTION = 10.0
 CLASSIFIERS = {
     "a": {"seed": 1, "settings": {"kind": "convolutional", "width": 32, "features": 64}, "epochs": 40},
     "b": {"seed": 2, "settings": {"kind": "perceptron", "width": 128, "features": 48}, "epochs": 80},
@@ -160,7 +165,8 @@ def train_classifier(seed: int, settings: dict, epochs: int) -> tuple[digits.Cla
     rng = torch.Generator().manual_seed(seed)
     x0, y0 = digits.images("train")
     model = digits.Classifier(**settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    decoder = nn.Sequential(nn.Linear(settings["features"], 128), nn.GELU(), nn.Linear(128, 64))
+    optimizer = torch.optim.AdamW([*model.parameters(), *decoder.parameters()], lr=2e-3, weight_decay=1e-2)
     batches = len(x0) // 60
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     for _ in range(epochs):
@@ -168,7 +174,9 @@ def train_classifier(seed: int, settings: dict, epochs: int) -> tuple[digits.Cla
         for rows in torch.randperm(len(x0), generator=rng).split(60):
             # A little noise keeps the features smooth in the images.
             x = x0[rows] + 0.1 * torch.randn(x0[rows].shape, generator=rng)
-            loss = F.cross_entropy(model(x), y0[rows], label_smoothing=0.05)
+            features = model.features(x)
+            loss = F.cross_entropy(model.head(features), y0[rows])
+            loss = loss + RECONSTRUCTION * F.mse_loss(decoder(features), x0[rows].flatten(1))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -179,7 +187,11 @@ def train_classifier(seed: int, settings: dict, epochs: int) -> tuple[digits.Cla
         raw = model.body(x0)
         model.standardise.running_mean.copy_(raw.mean(0))
         model.standardise.running_var.copy_(raw.var(0))
-        facts = {"seed": seed, "epochs": epochs, "seconds": round(time.perf_counter() - start, 1)}
+        facts = {"epochs": epochs, "seconds": round(time.perf_counter() - start, 1)}
+        features = model.features(x0)
+        means = torch.stack([features[y0 == k].mean(0) for k in range(digits.CLASSES)])
+        facts["variance_within_classes"] = round((features - means[y0]).square().mean().item(), 4)
+        facts["reconstruction"] = round(F.mse_loss(decoder(features), x0.flatten(1)).item(), 4)
         for split in ("train", "held-out"):
             x, y = digits.images(split)
             logits = model(x)
@@ -199,21 +211,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS, help="fewer for a trial run")
+    parser.add_argument("--only", choices=("unet", "classifiers"), help="keep the other as it is")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     out = arguments.out
 
     training = {}
-    for name, plan in CLASSIFIERS.items():
-        model, facts = train_classifier(**plan)
-        model.save(out / f"classifier-{name}")
-        training[f"classifier-{name}"] = facts
-        print(name, json.dumps(facts), flush=True)
-    unet, noise, facts = train_unet(arguments.steps)
-    pipe = ClassConditionalPipeline(unet.half(), noise, null_label=digits.NULL_LABEL)
-    pipe.save_pretrained(out / "pipeline", safe_serialization=True)
-    training["unet"] = facts
+    if arguments.only:
+        training = json.loads((out / "provenance.json").read_text(encoding="utf-8"))["training"]
+    if arguments.only != "unet":
+        for name, plan in CLASSIFIERS.items():
+            model, facts = train_classifier(**plan)
+            model.save(out / f"classifier-{name}")
+            training[f"classifier-{name}"] = facts
+            print(name, json.dumps(facts), flush=True)
+    if arguments.only != "classifiers":
+        unet, noise, facts = train_unet(arguments.steps)
+        pipe = ClassConditionalPipeline(unet.half(), noise, null_label=digits.NULL_LABEL)
+        pipe.save_pretrained(out / "pipeline", safe_serialization=True)
+        training["unet"] = facts
 
     record = {
         "subject": "digits",

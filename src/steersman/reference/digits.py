@@ -8,8 +8,9 @@ trained saw the training images only.
 The U-Net is an ordinary diffusers pipeline folder (``UNet2DModel``, epsilon prediction, linear betas,
 T=1000); label 10 is the null class of classifier-free guidance. Classifier ``a`` is convolutional and
 classifier ``b`` a residual perceptron of another seed, so that a method which trains on the features of
-one can be judged in the features of the other. Their features are standardised: over the training images
-each has mean 0 and variance 1.
+one can be judged in the features of the other. They were trained to reconstruct the image from their
+features too, because a plain classifier's collapse onto ten points and hardly see how an image looks.
+Features are standardised: over the training images each has mean 0 and variance 1.
 """
 
 from __future__ import annotations
@@ -66,6 +67,24 @@ def images(split: Literal["train", "held-out", "all"] = "train") -> tuple[Tensor
     part = {"train": slice(None, TRAIN), "held-out": slice(TRAIN, None), "all": slice(None)}[split]
     x = torch.from_numpy(levels[part].astype(np.float32) / 8 - 1)[:, None]
     return x, torch.from_numpy(labels[part].copy())
+
+
+def matched(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Training images (N, 1, 8, 8) that have exactly the ``labels`` (N,), drawn without replacement.
+
+    What class-conditional samples of these labels are to be compared with as a floor: two sets of other
+    labels differ by their class shares as well.
+
+    Raises:
+        InputError: more of a label than there are training images of it.
+    """
+    x, y = images("train")
+    order = torch.randperm(len(y), generator=generator)
+    pools = {k: order[y[order] == k].tolist() for k in range(CLASSES)}
+    for k, count in zip(*(v.tolist() for v in labels.unique(return_counts=True)), strict=True):
+        if count > len(pools.get(k, ())):
+            raise InputError("labels", f"{count} times {k}", f"at most {len(pools.get(k, ()))} times {k}")
+    return x[torch.tensor([pools[k].pop() for k in labels.tolist()], dtype=torch.long)]
 
 
 def data_fingerprint() -> str:

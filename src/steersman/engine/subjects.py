@@ -56,7 +56,7 @@ def resolve(spec: str) -> Subject:
             path: Path | None = loading.path(name)
         except InputError as error:
             raise InputError("subject", spec, error.allowed) from None
-        return Subject(spec, "reference", path, loading.fingerprint(name))
+        return Subject(spec, "reference", path, loading.fingerprint(name if path else spec))
     code = CODE.match(spec)
     if code:
         path = Path(code["file"])

@@ -7,8 +7,8 @@ Each subject is a folder of that package with a ``provenance.json``:
      "files": {"pipeline/unet/config.json": "<sha256>", ...},
      ...}                                   # script and data hashes, seeds, versions, training facts
 
-``digits`` names the default, ``digits/classifier-a`` a folder inside. ``gaussians`` is analytic: it has
-no folder, and needs no package.
+``digits`` names the default, ``digits/classifier-a`` a folder inside. ``gaussians`` and ``leaf-spine`` are
+analytic: they have no folder, and need no package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from steersman.errors import InputError, MissingExtra, nearest
 
-ANALYTIC = ("gaussians",)
+ANALYTIC = ("gaussians", "leaf-spine")
 SHIPPED = ("digits", "docs")  # what the package brings, so that its absence can be told from a wrong name
 
 
@@ -86,6 +86,8 @@ def provenance(name: str) -> dict[str, Any]:
 
 def fingerprint(name: str) -> str:
     """Changes when the subject does: over the recorded hashes of its files, or an analytic one's numbers."""
+    if name.partition(":")[0] == "leaf-spine":  # a fabric in numbers, all of them in its text
+        return hashlib.sha256(name.encode()).hexdigest()
     if name.partition(":")[0] in ANALYTIC:
         from steersman.reference import gaussians
 

@@ -15,6 +15,7 @@ from steersman.distributed.packet_spraying.collectives import (
     place,
 )
 from steersman.distributed.packet_spraying.fabric import LeafSpine
+from steersman.distributed.packet_spraying.jobs import Call, Job, load_job
 from steersman.distributed.packet_spraying.load import LOCAL, SPREAD, Assignment, Loads, loads
 from steersman.distributed.packet_spraying.policies import (
     PLANS,
@@ -25,6 +26,7 @@ from steersman.distributed.packet_spraying.policies import (
     Spray,
     policy,
 )
+from steersman.distributed.packet_spraying.routes import nccl_settings, source_ports, spine_of, write_table
 from steersman.distributed.packet_spraying.simulate import (
     Evaluation,
     completion,
@@ -42,8 +44,10 @@ __all__ = [
     "PLANS",
     "SPREAD",
     "Assignment",
+    "Call",
     "Ecmp",
     "Evaluation",
+    "Job",
     "LeafSpine",
     "Loads",
     "Policy",
@@ -57,9 +61,14 @@ __all__ = [
     "evaluate",
     "fair_rates",
     "ideal",
+    "load_job",
     "loads",
+    "nccl_settings",
     "parse_bytes",
     "place",
     "policy",
     "progressive_filling",
+    "source_ports",
+    "spine_of",
+    "write_table",
 ]

@@ -226,6 +226,11 @@ def pipeline(hosts: np.ndarray, bytes: int, stages: int = 2) -> list[Step]:
     return [_equal(hosts[:-width], hosts[width:], bytes, 1, "to the next stage")]
 
 
+def chain(hosts: np.ndarray, bytes: int) -> list[Step]:
+    """Broadcast or reduce along a chain, pipelined over chunks: every rank but the last sends S to the next."""
+    return [_equal(hosts[:-1], hosts[1:], bytes, 1, "chain")]
+
+
 def moe(
     hosts: np.ndarray,
     bytes: int,
@@ -276,6 +281,8 @@ COLLECTIVES: dict[str, Callable[..., list[Step]]] = {
     "all_to_all": all_to_all,
     "hierarchical": hierarchical,
     "pipeline": pipeline,
+    "broadcast": chain,
+    "reduce": chain,
     "moe": moe,
 }
 

@@ -32,6 +32,8 @@ from steersman.distributed.packet_spraying.fabric import LeafSpine
 from steersman.distributed.packet_spraying.load import LOCAL, SPREAD, Assignment, Paths, loads, paths
 from steersman.errors import InputError, nearest
 
+_BLOCK = 1 << 15
+
 BUNDLES = ("host", "leaf")
 PLANS = ("plan-lazy", "plan-cut", "plan-equal", "plan-whole")
 
@@ -106,16 +108,24 @@ class Ecmp:
     def assign(self, fabric: LeafSpine, step: Step, seed: int = 0) -> Assignment:
         """A spine for every sub-flow; ``seed`` stands for the switches' hash seed."""
         way = paths(fabric, step)
-        flow, number, size = _split(step.bytes, np.minimum(self.k, step.bytes))
-        spine = np.full(flow.size, LOCAL, dtype=np.int64)
         pair = np.full(len(step), -1)
         pair[way.inter] = way.pair
+        # In blocks that fit into the processor's cache: an all-to-all has millions of sub-flows.
+        blocks = [self._block(way, step, pair, at, seed) for at in range(0, len(step), _BLOCK)]
+        return Assignment(*(np.concatenate(columns) for columns in zip(*blocks, strict=True)))
+
+    def _block(self, way: Paths, step: Step, pair: np.ndarray, at: int, seed: int) -> tuple[np.ndarray, ...]:
+        size = step.bytes[at : at + _BLOCK]
+        flow, number, amount = _split(size, np.minimum(self.k, size))
+        flow += at
         row = pair[flow]
-        out = row >= 0
-        hashed = _hash(seed, step.src[flow[out]], step.dst[flow[out]], number[out])
-        slot = (hashed % way.live[row[out]].astype(np.uint64)).astype(np.int64)
-        spine[out] = way.order[row[out], slot]
-        return Assignment(flow, spine, size)
+        spine = np.full(flow.size, LOCAL, dtype=np.int64)
+        out = np.flatnonzero(row >= 0)
+        row, leaving = row[out], flow[out]
+        hashed = _hash(seed, step.src[leaving], step.dst[leaving], number[out])
+        slot = (hashed % way.live[row].astype(np.uint64)).astype(np.int64)
+        spine[out] = way.order[row, slot]
+        return flow, spine, amount
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ class Comparison:
 
     def __init__(self, bench: Bench[Any, Any], rows: Sequence[Row], config: Mapping[str, Any], out: Path) -> None:
         self.bench, self.config, self.out = bench, config, Path(out)
+        # A bench may lead with another figure on another subject: points have no Frechet distance.
+        if hasattr(bench, "headline_for"):
+            bench.headline = bench.headline_for(rows)
         order = {label: i for i, label in enumerate(config["contenders"])}
         self.rows = sorted(rows, key=lambda r: (_setting_key(r.setting), r.seed, order.get(r.contender, len(order))))
 

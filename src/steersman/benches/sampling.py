@@ -1,0 +1,610 @@
+r"""Sampling with a given number of network calls: which sampler makes the most of them.
+
+All contenders start from the same noise and labels (or prompts), on grids that begin and end together; each
+takes the most steps that fit into the calls. What is measured depends on the subject:
+
+- ``gaussians`` (points in the plane): sliced and exact Wasserstein distance to exact samples, mode weights;
+- pixel-space pipelines with real images (``digits`` brings its own): Frechet and kernel distance in the
+  features of a judge, precision and recall, and the share of samples that are of their class;
+- any model, without data: how far each sample ends from where the model's own probability flow takes the
+  same noise, on a grid of all its training times (:math:`\sqrt{\mathrm{mean}\,(x - x^*)^2}`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from steersman import catalog
+from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK4Scheduler
+from steersman.diffusion.images import load_pipeline, read_images
+from steersman.diffusion.pipelines import ClassConditionalPipeline
+from steersman.engine import subjects
+from steersman.engine.bench import Figure, Knob, PartInfo
+from steersman.engine.contenders import Contender, Part, checked_knobs
+from steersman.engine.streams import Streams
+from steersman.errors import Inapplicable, InputError, TrialError
+from steersman.reference import gaussians, image_metrics, point_metrics
+from steersman.reference.gaussians import Mixture
+from steersman.reference.image_metrics import PixelPCA
+from steersman.report.blocks import Block, ImageGrid, Note, Scatter
+
+if TYPE_CHECKING:
+    from steersman.engine.bench import Row, Setting, TrialLog
+    from steersman.engine.comparison import Comparison
+
+SHOWN = 12
+TRACED = 16
+"""Samples of a network whose fine trajectory is computed (it takes 1999 calls)."""
+FINE_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Data:
+    """Real images and what judges samples.
+
+    Args:
+        images: real, in [-1, 1], (N, C, H, W).
+        labels: of the images, or None.
+        judge: images in [-1, 1] -> features of the figures.
+        features: of the real images.
+        classify: images -> logits, where there is a classifier.
+        stand_ins: further real images, for the part ``real``.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    judge: Callable[[Tensor], Tensor]
+    features: Tensor
+    classify: Callable[[Tensor], Tensor] | None = None
+    stand_ins: Tensor | None = None
+
+
+@dataclass
+class Subject:
+    """A pipeline that contenders give their scheduler to.
+
+    Args:
+        spec: as the user wrote it.
+        pipe: its own scheduler is what contenders take their settings from.
+        kind: points, pixels (with or without classes), or text (prompts to latents to images).
+        law: of ``gaussians``.
+        data: by the knobs ``data`` and ``judge``, read once.
+        traces: fine trajectories, by seed and settings.
+    """
+
+    spec: str
+    pipe: Any
+    kind: Literal["points", "pixels", "text"]
+    law: Mixture | None = None
+    data: dict[tuple[str | None, str | None], Data | None] = field(default_factory=dict)
+    traces: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def network(self) -> Any:
+        return self.pipe.unet
+
+    @property
+    def classes(self) -> int | None:
+        """Classes that can be asked for (the null label is none)."""
+        labels = getattr(self.network.config, "num_class_embeds", None)
+        null = self.pipe.config.get("null_label")
+        return None if self.kind == "text" or labels is None else labels - (null is not None)
+
+
+@dataclass
+class Host:
+    """A pipeline to be run once, and what contenders put on it."""
+
+    subject: Subject
+    setting: Setting
+    pipe: Any
+    parts: list[Part] = field(default_factory=list)
+    scheduler: Any = None
+    real: bool = False
+    installs: list[Any] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return Contender(tuple(self.parts)).label
+
+
+class Real:
+    """Real images, or exact samples, in the place of samples: the floor of every distance."""
+
+
+class Sampling:
+    """See the module's text."""
+
+    id = "sampling"
+    shape: Literal["Sampler"] = "Sampler"
+    default_subject = "digits"
+    headline: tuple[str, str] = ("frechet", "calls")
+    knobs: Mapping[str, Knob] = {
+        "calls": Knob(int, (10, 20, 50), "network calls of a sample", low=1, high=1000),
+        "samples": Knob(int, 256, "samples of a trial", low=2, high=100_000, sweep=False),
+        "guidance": Knob(float, None, "classifier-free guidance scale (default: the pipeline's)", low=1, sweep=False),
+        "spacing": Knob(
+            str,
+            "trailing",
+            "spacing of all contenders' timesteps, own: as the pipeline's scheduler says",
+            choices=("trailing", "leading", "linspace", "own"),
+            sweep=False,
+        ),
+        "prompts": Knob(str, None, "a text file, one prompt a line, for text-to-image pipelines", sweep=False),
+        "data": Knob(str, None, "real images for a pipeline of yours: a folder, .npz or .npy", sweep=False),
+        "judge": Knob(str, None, "file.py:name, images in [0, 1] to features (n, d) for the figures", sweep=False),
+        "trajectory": Knob(
+            bool, None, "compare with the fine trajectory (default: for points and where there is no data)", sweep=False
+        ),
+        "batch": Knob(int, None, "samples of one network call (default: 250, text-to-image: 4)", low=1, sweep=False),
+    }
+    figures: Mapping[str, Figure] = {
+        "frechet": Figure("", "lower", "quality", "Frechet distance to real images in the judge's features"),
+        "kernel": Figure("", "lower", "quality", "unbiased cubic MMD² to real images in the judge's features"),
+        "precision": Figure("", "higher", "quality", "share of samples among the real images (3 neighbours)"),
+        "recall": Figure("", "higher", "quality", "share of real images among the samples (3 neighbours)"),
+        "accuracy": Figure("", "higher", "quality", "share of samples that the judge takes for their label"),
+        "sliced_wasserstein": Figure("", "lower", "quality", "sliced Wasserstein-2 distance to exact samples"),
+        "wasserstein": Figure("", "lower", "quality", "exact Wasserstein-2 distance to exact samples"),
+        "mode_weight_error": Figure("", "lower", "quality", "total variation of the modes' weights"),
+        "mode_coverage": Figure("", "higher", "quality", "share of modes with at least a fifth of their mass"),
+        "on_manifold": Figure("", "higher", "quality", "share of points within 3 deviations of a mode"),
+        "cross_entropy": Figure("nats", "neither", "info", "-mean log p of the samples under the exact law"),
+        "trajectory_error": Figure(
+            "", "lower", "quality", "root mean square distance from the model's own 1000-step trajectory"
+        ),
+        "calls_used": Figure("calls", "lower", "cost", "network calls that the contender's steps took"),
+        "seconds_per_sample": Figure("s", "lower", "cost", "seconds of sampling per sample"),
+    }
+
+    def headline_for(self, rows: Sequence[Row]) -> tuple[str, str]:
+        """What reports of these rows lead with: the first of these figures that there is."""
+        there = {name for row in rows for name in row.figures}
+        found = [name for name in ("frechet", "sliced_wasserstein", "trajectory_error") if name in there]
+        return (found or ["frechet"])[0], "calls"
+
+    # ---------------------------------------------------------------- subject
+
+    def subject(self, spec: str) -> Subject:
+        found = subjects.resolve(spec)
+        if spec.partition(":")[0] == "gaussians" and found.kind == "reference":
+            from steersman.reference import gaussians_model
+
+            return _quiet(Subject(spec, gaussians_model.pipeline(spec), "points", gaussians.mixture(spec)))
+        if found.kind == "factory":
+            pipe = subjects.load_callable(spec, "subject")()
+        elif found.kind == "endpoint":
+            raise InputError("subject", spec, "gaussians, digits, a diffusers pipeline, or file.py:factory of one")
+        else:
+            pipe = load_pipeline(spec if found.path is None else found.path)
+        unet: Any = getattr(pipe, "unet", None)
+        scheduler: Any = getattr(pipe, "scheduler", None)
+        if unet is None or not isinstance(scheduler, SchedulerMixin):
+            raise InputError("subject", spec, "a diffusers pipeline with a unet and a scheduler")
+        if isinstance(unet, diffusers.UNet2DModel):
+            null = pipe.config.get("null_label")
+            return _quiet(Subject(spec, ClassConditionalPipeline(pipe.unet, scheduler, null), "pixels"))
+        if getattr(pipe, "vae", None) is None or getattr(pipe, "tokenizer", None) is None:
+            raise InputError("subject", spec, "an unconditional, class-conditional or text-to-image pipeline")
+        return _quiet(Subject(spec, pipe, "text"))
+
+    def check(self, s: Subject, setting: Setting) -> None:
+        if setting["prompts"] is not None:
+            _prompts(setting["prompts"])
+            if s.kind != "text":
+                raise InputError("prompts", setting["prompts"], f"left out: {s.spec} takes no prompts")
+        elif s.kind == "text":
+            raise InputError("prompts", None, "a text file, one prompt a line, for this text-to-image pipeline")
+        guidable = s.kind == "text" or (s.classes and s.pipe.config.get("null_label") is not None)
+        if (setting["guidance"] or 1) > 1 and (s.kind == "points" or not guidable):
+            raise InputError("guidance", setting["guidance"], f"1 or left out: {s.spec} takes no guidance")
+        data = self._data(s, setting)
+        if data is not None and s.spec == "digits" and setting["samples"] > len(data.images):
+            raise InputError(
+                "samples", setting["samples"], f"at most the number of held-out images, {len(data.images)}"
+            )
+
+    def _data(self, s: Subject, setting: Setting) -> Data | None:
+        key = setting["data"], setting["judge"]
+        if key not in s.data:
+            s.data[key] = _data(s, *key)
+        return s.data[key]
+
+    # ---------------------------------------------------------------- contenders
+
+    def baselines(self) -> list[str]:
+        return ["ddim", "euler", "heun", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+
+    def parts(self) -> Mapping[str, PartInfo]:
+        line = "pipe.scheduler = {}.from_config(pipe.scheduler.config{{, knobs}})"
+        return {
+            "ddim": PartInfo(DDIMScheduler, "DDIM; eta=1 is ancestral sampling", line.format("DDIMScheduler")),
+            "euler": PartInfo(EulerScheduler, "Euler's method (equal to DDIM)", line.format("EulerScheduler")),
+            "heun": PartInfo(HeunScheduler, "Heun's method, two calls a step", line.format("HeunScheduler")),
+            "rk4": PartInfo(
+                RK4Scheduler, "classical Runge-Kutta in time, four calls a step", line.format("RK4Scheduler")
+            ),
+            "real": PartInfo(Real, "real images or exact samples in place of samples: the floor of every distance"),
+        }
+
+    def accepts(self, name: str) -> bool:
+        """Any scheduler class of diffusers."""
+        return _of_diffusers(name) is not None
+
+    def host(self, s: Subject, setting: Setting, rng: Streams) -> Host:
+        return Host(s, setting, s.pipe)
+
+    def mount(self, h: Host, part: Part) -> None:
+        h.parts.append(part)
+        if (Path(part.id) / "artefact.json").is_file():
+            if h.pipe is not h.subject.pipe or len(h.parts) > 1:
+                raise InputError("methods", h.label, "an artefact first, and only one")
+            if part.knobs:
+                raise InputError("methods", h.label, "an artefact folder without knobs")
+            h.pipe = self.subject(part.id).pipe
+            return
+        build = self.parts()[part.id].build if part.id in self.parts() else _of_diffusers(part.id)
+        if build is None:
+            build = catalog.card(part.id).load()
+        if build is Real:
+            checked_knobs(build, part)
+            h.real = True
+        elif isinstance(build, type) and issubclass(build, SchedulerMixin):
+            if h.scheduler is not None:
+                raise InputError("methods", h.label, "a contender with one sampler")
+            h.scheduler = _scheduler(build, part, h)
+        elif hasattr(build, "install") and hasattr(build, "uninstall"):
+            h.installs.append(build(**checked_knobs(build, part)))
+        else:
+            raise InputError("methods", part.id, "a sampler, or a method that installs itself on a pipeline")
+        if h.real and len(h.parts) > 1:
+            raise InputError("methods", h.label, "the part real alone")
+
+    # ---------------------------------------------------------------- trial
+
+    def trial(self, h: Host, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
+        s, n, data = h.subject, setting["samples"], self._data(h.subject, setting)
+        labels = _labels(s, data, setting, rng)
+        figures: dict[str, float] = {}
+        if h.real:
+            samples = _stand_ins(s, data, n, rng)
+        else:
+            scheduler = h.scheduler or type(s.pipe.scheduler).from_config(s.pipe.scheduler.config)
+            steps = _steps(scheduler, setting["calls"])
+            started = time.perf_counter()
+            samples = _sample(h, scheduler, steps, labels, rng, log)
+            figures["seconds_per_sample"] = (time.perf_counter() - started) / n
+            scheduler.set_timesteps(steps)
+            figures["calls_used"] = len(scheduler.timesteps)
+            wanted = setting["trajectory"]
+            if wanted or (wanted is None and (s.kind == "points" or data is None)):
+                fine = _fine_trajectory(h, float(scheduler.timesteps[0]), labels, rng, log)
+                figures["trajectory_error"] = image_metrics.endpoint_error(samples[: len(fine)], fine)
+        if s.law is not None:
+            exact, _ = s.law.sample(n, rng.torch("exact"), torch.float64)
+            figures |= point_metrics.point_metrics(s.law, samples.flatten(1), exact)
+            log.arrays("points", points=samples.flatten(1).numpy())
+            return figures
+        images = samples if h.real else _decode(s, samples if data is not None else samples[:SHOWN])
+        log.images("samples", ((images[:SHOWN] + 1) / 2).permute(0, 2, 3, 1).numpy())
+        if data is not None:
+            real = data.features[:n] if s.spec == "digits" else data.features
+            figures |= image_metrics.feature_metrics(real, image_metrics.features(data.judge, images))
+            if data.classify is not None and labels is not None and not h.real:
+                figures["accuracy"] = image_metrics.class_accuracy(data.classify, images, torch.as_tensor(labels))
+        return figures
+
+    # ---------------------------------------------------------------- report
+
+    def exhibits(self, comparison: Comparison) -> list[Block]:
+        blocks: list[Block] = []
+        law = None
+        if str(comparison.config["subject"]).partition(":")[0] == "gaussians":
+            law = gaussians.mixture(comparison.config["subject"])
+        for setting in comparison.settings:
+            shown: dict[str, np.ndarray] = {}
+            for label in comparison.contenders:
+                for row in comparison.select(label, **setting)[:1]:
+                    folder = row.items_dir(comparison.out)
+                    file = folder / ("points.npz" if law is not None else "samples.npz") if folder else None
+                    if file is not None and file.is_file():
+                        with np.load(file) as saved:
+                            shown[label] = saved[saved.files[0]]
+            if shown and law is not None:
+                target, _ = law.sample(500, Streams(0).torch("target"))
+                caption = "All panels start from the same noise; behind them is the exact law."
+                blocks.append(Scatter("Samples", shown, target.numpy(), caption=caption, setting=setting))
+            elif shown:
+                caption = "Each column starts from the same noise, with the same label or prompt."
+                blocks.append(ImageGrid("Samples", shown, caption=caption, setting=setting))
+        there = {name for row in comparison.rows for name in row.figures}
+        if "frechet" in there or "wasserstein" in there:
+            blocks.append(
+                Note(
+                    "Distances between sets of samples fall with the number of samples and never reach 0: compare "
+                    "them with the contender real (real images or exact samples in the samples' place), and not with "
+                    "numbers from elsewhere."
+                )
+            )
+        if "trajectory_error" in there:
+            blocks.append(
+                Note(
+                    "The trajectory error tells how well a sampler solves the model's own equation from the same "
+                    "noise, not how good the samples look; stochastic samplers don't follow it by design."
+                )
+            )
+        return blocks
+
+
+# -------------------------------------------------------------------- pieces
+
+
+def _quiet(s: Subject) -> Subject:
+    s.pipe.set_progress_bar_config(disable=True)
+    if s.kind != "points" and torch.cuda.is_available():
+        s.pipe.to("cuda")
+    return s
+
+
+def _of_diffusers(name: str) -> Any:
+    """The scheduler class of diffusers of that name; None for anything else."""
+    if not name.endswith("Scheduler") or not name.isidentifier():
+        return None
+    kind = getattr(diffusers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
+
+
+def _scheduler(kind: Any, part: Part, h: Host) -> Any:
+    """A scheduler with the settings of the pipeline's own, the bench's spacing, and the part's knobs."""
+    knobs = checked_knobs(kind, part)
+    spacing = h.setting["spacing"]
+    if spacing != "own" and "timestep_spacing" in getattr(kind, "_get_init_keys", lambda _: ())(kind):
+        knobs = {"timestep_spacing": spacing} | knobs
+    try:
+        return kind.from_config(h.pipe.scheduler.config, **knobs)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError("methods", str(part), f"settings that {kind.__name__} takes ({reason})") from error
+
+
+def _steps(scheduler: Any, calls: int) -> int:
+    """The most steps of a sampler that fit into a number of network calls.
+
+    Raises:
+        Inapplicable: not one does.
+    """
+    reason, least = "", None
+    for steps in range(calls, 0, -1):
+        try:
+            scheduler.set_timesteps(steps)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split())
+            continue
+        if len(scheduler.timesteps) <= calls:
+            return steps
+        least = len(scheduler.timesteps)
+    why = f"it needs at least {least}" if least is not None else reason
+    raise Inapplicable(f"{type(scheduler).__name__} has no plan for {calls} network calls ({why})")
+
+
+def _labels(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Any:
+    """What each sample is asked to be: prompts, or labels (n,), the same for all contenders."""
+    n = setting["samples"]
+    if s.kind == "text":
+        prompts = _prompts(setting["prompts"])
+        return [prompts[i % len(prompts)] for i in range(n)]
+    if s.kind == "points" or s.classes is None:
+        return None
+    if data is not None and data.labels is not None:
+        if s.spec == "digits":
+            return data.labels[:n]  # as in the real images that they are compared with
+        return data.labels[torch.randint(len(data.labels), (n,), generator=rng.torch("labels"))]
+    return torch.randint(s.classes, (n,), generator=rng.torch("labels"))
+
+
+def _prompts(path: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("prompts", path, f"a text file that can be read ({error})") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise InputError("prompts", path, "a text file with at least one prompt")
+    return prompts
+
+
+def _data(s: Subject, source: str | None, judge: str | None) -> Data | None:
+    if s.kind == "points":
+        for name, value in (("data", source), ("judge", judge)):
+            if value is not None:
+                raise InputError(name, value, "left out: the law of gaussians is known exactly")
+        return None
+    stand_ins = classify = None
+    labels: Tensor | None
+    if source is None and s.spec == "digits":
+        from steersman.reference import digits
+
+        images, labels = digits.images("held-out")
+        b = digits.classifier("b")
+        features: Callable[[Tensor], Tensor] = b.features
+        stand_ins, classify = digits.images("train")[0], b
+    elif source is None:
+        if judge is not None:
+            raise InputError("judge", judge, "given together with data")
+        return None
+    else:
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise InputError("data", source, "a folder, .npz or .npy that exists")
+        channels = 3 if s.kind == "text" else s.network.config.in_channels
+        images, labels = read_images(path, channels, bool(s.classes))
+        if len(images) < 16:
+            raise InputError("data", f"{len(images)} images", "at least 16 images")
+        images = 2 * images - 1
+        features = PixelPCA(images, min(32, len(images) - 2, images[0].numel()))
+    if judge is not None:
+        function = subjects.load_callable(judge, "judge")
+        classify = None
+
+        def features(x: Tensor) -> Tensor:
+            return function((x + 1) / 2)
+
+    return Data(images, labels, features, image_metrics.features(features, images), classify, stand_ins)
+
+
+def _stand_ins(s: Subject, data: Data | None, n: int, rng: Streams) -> Tensor:
+    if s.law is not None:
+        return s.law.sample(n, rng.torch("real"), torch.float64)[0][:, :, None, None]
+    if data is None:
+        raise Inapplicable("there are no real images (give data)")
+    pool = data.images if data.stand_ins is None else data.stand_ins
+    if len(pool) < n:
+        raise Inapplicable(f"there are only {len(pool)} real images for {n} samples")
+    return pool[torch.randperm(len(pool), generator=rng.torch("real"))[:n]]
+
+
+def _noise(s: Subject, n: int, rng: Streams) -> Tensor:
+    config = s.network.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn((n, config.in_channels, height, width), generator=rng.torch("noise"))
+
+
+def _run(pipe: Any, s: Subject, noise: Tensor, labels: Any, setting: Setting, generator: Any, **plan: Any) -> Tensor:
+    """One batch through the stock pipeline: from noise to what its scheduler returned last."""
+    arguments: dict[str, Any] = dict(plan)
+    if s.kind == "text":
+        arguments["prompt"] = list(labels)
+    elif labels is not None:
+        arguments["labels"] = labels
+    if setting["guidance"] is not None:
+        arguments["guidance_scale"] = setting["guidance"]
+    noise = noise.to(s.network.device, s.network.dtype)
+    result = pipe(latents=noise, generator=generator, output_type="latent", **arguments)
+    return result.images.detach().float().cpu()
+
+
+@torch.no_grad()
+def _sample(h: Host, scheduler: Any, steps: int, labels: Any, rng: Streams, log: TrialLog) -> Tensor:
+    s, setting = h.subject, h.setting
+    noise = _noise(s, setting["samples"], rng)
+    batch = setting["batch"] or (4 if s.kind == "text" else 250)
+    parts = []
+    with _prepared(h, scheduler), _watched(h, log, -(-len(noise) // batch)) as watch:
+        for start in range(0, len(noise), batch):
+            part = slice(start, start + batch)
+            generator = rng.torch("sampler", start)
+            wanted = None if labels is None else labels[part]
+            watch.begin()
+            parts.append(_run(h.pipe, s, noise[part], wanted, setting, generator, num_inference_steps=steps))
+            watch.verify()
+    samples = torch.cat(parts)
+    if not bool(samples.isfinite().all()):
+        raise TrialError(f"the samples of {h.label} are not finite, though the network's outputs are")
+    return samples.clamp(-1, 1) if s.kind == "pixels" else samples
+
+
+@contextmanager
+def _prepared(h: Host, scheduler: Any) -> Iterator[None]:
+    """The pipeline with a scheduler and what installs itself; afterwards as it was."""
+    own = h.pipe.scheduler
+    installed = []
+    try:
+        h.pipe.scheduler = scheduler
+        for method in h.installs:
+            method.install(h.pipe)
+            installed.append(method)
+        yield
+    finally:
+        for method in reversed(installed):
+            method.uninstall()
+        h.pipe.scheduler = own
+
+
+class _Watch:
+    """Looks at each of the network's outputs; waits for the device only once a batch."""
+
+    def __init__(self, h: Host, log: TrialLog, batches: int) -> None:
+        self.h, self.log, self.batches, self.done = h, log, batches, 0
+        self.finite: list[Tensor] = []
+
+    def begin(self) -> None:
+        self.finite = []
+
+    def __call__(self, module: Any, arguments: Any, output: Any) -> None:
+        x = output[0] if isinstance(output, tuple) else output.sample
+        self.finite.append(x.isfinite().all())
+        plan = max(len(self.h.pipe.scheduler.timesteps), 1)
+        self.log.progress(self.done + min(len(self.finite) / plan, 1.0), self.batches, "sampling")
+
+    def verify(self) -> None:
+        self.done += 1
+        for i, good in enumerate(torch.stack(self.finite).tolist()):
+            if not good:
+                times = self.h.pipe.scheduler.timesteps
+                at = f" (timestep {float(times[i]):g})" if i < len(times) else ""
+                where = f"call {i + 1} of {len(self.finite)}{at}, under {self.h.label}"
+                raise TrialError(f"the network returned NaN or infinity at {where}")
+
+
+@contextmanager
+def _watched(h: Host, log: TrialLog, batches: int) -> Iterator[_Watch]:
+    watch = _Watch(h, log, batches)
+    hook = h.pipe.unet.register_forward_hook(watch)
+    try:
+        yield watch
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def _fine_trajectory(h: Host, start: float, labels: Any, rng: Streams, log: TrialLog) -> Tensor:
+    """Where the first samples' noise goes under Heun's method over all training times from ``start`` down.
+
+    Heun's method because it is no contender's special case; DDIM at 1000 steps is itself about 0.001 off.
+    """
+    s, setting = h.subject, h.setting
+    count = setting["samples"] if s.kind == "points" else min(TRACED, setting["samples"])
+    key = (rng.base, start, count, setting["guidance"], setting["prompts"], id(h.pipe.unet))
+    if key not in s.traces:
+        log.progress(0, 1, "fine trajectory")
+        last = h.pipe.scheduler.config.num_train_timesteps - 1
+        times = np.unique(np.linspace(0, min(start, last), FINE_STEPS).round())[::-1].tolist()
+        scheduler = HeunScheduler.from_config(h.pipe.scheduler.config)
+        noise = _noise(s, setting["samples"], rng)[:count]
+        batch = setting["batch"] or (4 if s.kind == "text" else 250)
+        parts = []
+        with _prepared(Host(s, setting, h.pipe), scheduler):
+            for begin in range(0, count, batch):
+                part = slice(begin, min(begin + batch, count))
+                wanted = None if labels is None else labels[part]
+                parts.append(_run(h.pipe, s, noise[part], wanted, setting, None, timesteps=times))
+        s.traces[key] = torch.cat(parts)
+    fine = s.traces[key]
+    return fine.clamp(-1, 1) if s.kind == "pixels" else fine
+
+
+@torch.no_grad()
+def _decode(s: Subject, samples: Tensor) -> Tensor:
+    """Images in [-1, 1]."""
+    if s.kind == "pixels":
+        return samples
+    vae = s.pipe.vae
+    parts = [
+        vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float().cpu()
+        for part in samples.split(4)
+    ]
+    return torch.cat(parts).clamp(-1, 1)

@@ -111,6 +111,7 @@ class LeafSpine:
             return
         live = self.capacity[used] > 0
         shared = live.astype(np.int64) @ live.T.astype(np.int64)
+        np.fill_diagonal(shared, 1)
         if (shared == 0).any():
             a, b = (int(used[i]) for i in np.argwhere(shared == 0)[0])
             down = [

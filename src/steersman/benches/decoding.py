@@ -312,6 +312,7 @@ class Host:
     builds: list[Callable[[Mapping[str, Any]], Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     set_by: dict[str, str] = field(default_factory=dict)
+    mounted: list[str] = field(default_factory=list)
     loop: str | None = None
 
     def set(self, part: str, options: Mapping[str, Any]) -> None:
@@ -319,8 +320,6 @@ class Host:
         for name, value in options.items():
             if name in self.options and self.options[name] != value:
                 other = self.set_by[name]
-                if other == part:
-                    raise InputError("methods", part, "given once")
                 raise InputError("methods", f"{other}+{part}", f"one or the other: they disagree on {name}")
             self.options[name], self.set_by[name] = value, part
 
@@ -403,6 +402,9 @@ class DecodingBench:
             build = catalog.card(part.id).load()
         else:
             raise InputError("methods", part.id, nearest(part.id, PARTS))
+        if part.id in h.mounted:
+            raise InputError("methods", part.id, "there once")
+        h.mounted.append(part.id)
         knobs = checked_knobs(build, part)
         accepted = set(inspect.signature(build).parameters) - knobs.keys()
 

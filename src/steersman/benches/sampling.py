@@ -178,6 +178,7 @@ class Sampling:
 
     def subject(self, spec: str) -> Subject:
         found = subjects.resolve(spec)
+        diffusers.utils.logging.disable_progress_bar()  # the engine shows what goes on
         if spec.partition(":")[0] == "gaussians" and found.kind == "reference":
             from steersman.reference import gaussians_model
 

@@ -454,10 +454,10 @@ class TrainingBench:
     headline = ("held_out_loss", "payload_mb")
     knobs: Mapping[str, Knob] = {
         "workers": Knob(int, (2,), "number of workers", low=1, high=64),
-        "steps": Knob(int, (200,), "optimizer steps", low=1, high=1_000_000),
+        "steps": Knob(int, (100,), "optimizer steps", low=1, high=1_000_000),
         "batch": Knob(int, None, "examples a worker and step (default: digits 32, docs 8)", low=1, high=65536),
         "lr": Knob(float, None, "learning rate (default: by subject and optimizer)", low=1e-9, high=1e3),
-        "optimizer": Knob(str, None, "local optimizer (default: digits sgd, docs adamw)", choices=("sgd", "adamw")),
+        "optimizer": Knob(str, None, "local optimizer (default: adamw, a factory's own)", choices=("sgd", "adamw")),
         "points": Knob(int, 10, "held-out measurements along the way", low=1, high=1000, sweep=False),
         "timeout": Knob(float, 1800.0, "seconds after which a trial is stopped", low=1, high=1e6, sweep=False),
     }
@@ -489,7 +489,7 @@ class TrainingBench:
         data = Path(folder.name) / "data.npz"
         if name == "digits":
             count = _digits(data)
-            return Subject(Task("digits", "", str(data), 32, "sgd", count), folder)
+            return Subject(Task("digits", "", str(data), 32, "adamw", count), folder)
         from steersman.reference import loading
 
         source = loading.path(spec if inside else "docs/tiny")

@@ -45,7 +45,7 @@ from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.errors import InputError, TrialError, nearest
 from steersman.language.contrastive_search import ContrastiveSearch
-from steersman.reference import docs, text_metrics
+from steersman.reference import docs, loading, text_metrics
 from steersman.report.blocks import Answers, Block, Note, SideBySide, Span, Text
 
 if TYPE_CHECKING:
@@ -137,10 +137,13 @@ def load(spec: str, parameter: str = "subject") -> Subject:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and model.dtype == torch.float16:
         model = model.float()  # half precision is an emulation there
-    name = None
-    if found.kind == "reference":
-        name = spec if "/" in spec else f"docs/{Path(source).name}"
+    name = _reference_name(spec) if found.kind == "reference" else None
     return Subject(spec, model.to(device).eval(), tokenizer, name)
+
+
+def _reference_name(spec: str) -> str:
+    """``docs`` and ``docs/base`` by the folder's name."""
+    return spec if "/" in spec else f"docs/{Path(str(loading.path(spec))).name}"
 
 
 def read_prompts(path: str, s: Subject, length: int) -> list[Prompt]:
@@ -673,10 +676,9 @@ def _held_out(comparison: Comparison) -> str:
 def _judged(comparison: Comparison) -> str:
     subject = str(comparison.config["subject"])
     asked = comparison.config.get("fixed", {}).get("judge")
-    if asked:
-        return f"Coherence is judged by {asked}."
-    if subject in ("docs/tiny", "docs/small"):
-        return "Coherence is judged by docs/base."
+    small = subject.partition("/")[0] == "docs" and _reference_name(subject) != "docs/base"
+    if asked not in (None, subject) or small:
+        return f"Coherence is judged by {asked or 'docs/base'}."
     return (
         "Coherence is judged by the subject itself, for lack of a larger model with its words: that favours what "
         "greedy search would write. Name another with --judge."

@@ -33,6 +33,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from steersman import catalog
+from steersman.benches.sampling import _of_diffusers as of_diffusers
+from steersman.benches.sampling import _steps as most_steps
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
 from steersman.engine import artefacts, subjects
@@ -439,7 +441,7 @@ def _sample(pipe: Any, labels: Tensor | None, shape: tuple[int, ...], calls: int
     pipe = ClassConditionalPipeline(pipe.unet, pipe.scheduler, pipe.config.get("null_label"))
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(shape, generator=rng.torch("noise"))
-    steps = _steps(pipe.scheduler, calls)
+    steps = most_steps(pipe.scheduler, calls)
     parts = []
     for start in range(0, shape[0], BATCH):
         part = slice(start, start + BATCH)
@@ -453,27 +455,10 @@ def _sample(pipe: Any, labels: Tensor | None, shape: tuple[int, ...], calls: int
     return samples.clamp(-1, 1)
 
 
-def _steps(scheduler: Any, calls: int) -> int:
-    """The most steps of a sampler that fit into a number of network calls."""
-    for steps in range(calls, 0, -1):
-        try:
-            scheduler.set_timesteps(steps)
-        except ValueError:
-            continue
-        if len(scheduler.timesteps) <= calls:
-            return steps
-    raise Inapplicable(f"{type(scheduler).__name__} has no step that fits into {calls} network calls")
-
-
 def _scheduler_class(name: str) -> Any:
     """The scheduler class of a method, or of diffusers; None for anything else."""
     if name in catalog.cards():
         card = catalog.cards()[name]
         kind = card.load() if card.family == "sampler" else None
         return kind if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
-    if not name.endswith("Scheduler") or not name.isidentifier():
-        return None
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
+    return of_diffusers(name)

@@ -16,6 +16,10 @@ real ones, θ follows the gradient of the unbiased estimate
 through all N network calls, with k(a, b) = (⟨a, b⟩/d + 1)³. A few hundred steps suffice, and what comes out
 is the same network.
 
+A class-conditional network is given the labels of the real batch. Then u_i and v_i are not independent (they
+share a label), and the cross term leaves the pairs i = j out, as the other two do (the U-statistic of the pairs
+(u_i, v_i): Gretton et al., JMLR 2012, eq. 4). With them in, equal laws have a negative mean L.
+
 E. Aiello, D. Valsesia, E. Magli, "Fast Inference in Denoising Diffusion Models via MMD Finetuning",
 arXiv:2301.07969.
 """
@@ -50,14 +54,14 @@ from steersman.diffusion.features import built_in_features
 from steersman.diffusion.images import as_dataset, gather, load_pipeline, read_batch, read_images
 from steersman.diffusion.solver import DiscreteVP, Solver, denoiser, integrate
 from steersman.errors import InputError, TrialError
-from steersman.math.divergences import mmd2
+from steersman.math.divergences import kernel_matrix, mmd2
 
 KernelName = Literal["cubic", "linear", "rbf"]
 Spacing = Literal["leading", "trailing", "quadratic"]
-KERNELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cubic": partial(mmd2, kernel="polynomial", degree=3),
-    "linear": partial(mmd2, kernel="polynomial", degree=1),
-    "rbf": partial(mmd2, kernel="rbf"),
+KERNELS: dict[str, dict[str, Any]] = {
+    "cubic": {"kernel": "polynomial", "degree": 3},
+    "linear": {"kernel": "polynomial", "degree": 1},
+    "rbf": {"kernel": "rbf"},
 }
 SPACINGS = ("leading", "trailing", "quadratic")
 
@@ -188,6 +192,30 @@ def pinned_scheduler(scheduler: Any, num_inference_steps: int, spacing: Spacing 
     )
     pinned.register_to_config(_num_inference_steps=num_inference_steps, _spacing=spacing)
     return pinned
+
+
+# ------------------------------------------------------------------ the loss
+
+
+def distance(u: Tensor, v: Tensor, kernel: KernelName = "cubic", groups: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The unbiased MMD² between the laws of u and v: each of its three means is over independent pairs.
+
+    Args:
+        u: features of generated images, (n, d), n >= 2.
+        v: features of real images, (m, d), m >= 2; n and m may differ.
+        kernel: cubic (⟨a, b⟩/d + 1)³, linear ⟨a, b⟩/d + 1, or rbf exp(-|a - b|²/d).
+        groups: of u (n,) and v (m,): pairs of one group share a label, and are left out. None: all independent.
+    """
+    if groups is None:
+        return mmd2(u, v, **KERNELS[kernel])
+    k: Callable[[Tensor, Tensor], Tensor] = partial(kernel_matrix, **KERNELS[kernel])
+
+    def mean(a: Tensor, b: Tensor, group_a: Tensor, group_b: Tensor) -> Tensor:
+        apart = (group_a[:, None] != group_b[None, :]).to(a)
+        return (k(a, b) * apart).sum() / apart.sum()
+
+    g, h = groups
+    return mean(u, u, g, g) + mean(v, v, h, h) - 2 * mean(u, v, g, h)
 
 
 # ------------------------------------------------------------------ the trainer
@@ -393,7 +421,7 @@ class MMDFinetuner:
         Args:
             noise: (n, C, H, W), n >= 2.
             real: (m, C, H, W), m >= 2.
-            class_labels: (n,) for class-conditional networks.
+            class_labels: (n,) for class-conditional networks, those of ``real`` (n = m).
         """
         return self._loss(self._chain, noise, real, class_labels)[0]
 
@@ -409,8 +437,12 @@ class MMDFinetuner:
                 "features", _name(self.features), "differentiable (its output has no gradient: is it under no_grad?)"
             )
         ratio = float(u.detach().var(0).sum() / v.var(0).sum().clamp_min(1e-30))
+        pairs = None if labels is None else torch.arange(len(v), device=v.device)
+        return self._score(u, v, None if pairs is None else (pairs, pairs)), ratio
+
+    def _score(self, u: Tensor, v: Tensor, groups: tuple[Tensor, Tensor] | None) -> Tensor:
         kernel = self.config.kernel
-        return (kernel if callable(kernel) else KERNELS[kernel])(u, v), ratio
+        return kernel(u, v) if callable(kernel) else distance(u, v, kernel, groups)
 
     def embed(self, x: Tensor) -> Tensor:
         """f of images in [-1, 1], standardised if so configured; in float64 where the device has it.
@@ -445,9 +477,11 @@ class MMDFinetuner:
             with self.accelerator.autocast():
                 x = self._chain(noise, label, z)
             made.append(self.embed(x.to(self._compute)))
-        kernel = self.config.kernel
-        score = kernel if callable(kernel) else KERNELS[kernel]
-        return float(score(torch.cat(made), self._eval_features))
+        groups = None
+        if labels is not None:
+            h = torch.arange(len(real), device=self.device)
+            groups = torch.arange(n, device=self.device) % len(real), h
+        return float(self._score(torch.cat(made), self._eval_features, groups))
 
     # -------------------------------------------------------------- the loop
 

@@ -41,6 +41,10 @@ def test_fewer_than_five_values_get_no_interval(values, kind, low, lost):
     assert (found.kind, found.low, found.lost) == (kind, low, lost)
 
 
+def test_the_ends_of_a_range_differ_where_they_do():
+    assert summary.estimate([2.30101, 2.30109]).text == "2.301 (2.3010 to 2.3011)"
+
+
 def test_a_difference_is_paired_by_seed(comparison: Comparison):
     setting = {"calls": 10}
     found = summary.difference(comparison, "frechet", "plms", "ddim", setting)

@@ -124,6 +124,19 @@ def test_progress_in_a_terminal_shows_the_contender_and_the_time_left():
     assert "frechet 1.25" in text
 
 
+def test_progress_names_only_the_knobs_that_vary(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"grid": {"calls": [5, 10], "width": [3]}}')
+
+    def run(console: Console) -> None:
+        progress = LiveProgress(console)
+        progress.start(1, 0, tmp_path)
+        done = row(0)
+        done.setting["width"] = 3
+        progress.finished(done)
+
+    assert "ddim · calls 5 · seed 0" in shown(run)
+
+
 def test_progress_stops_twice_and_without_a_start():
     progress = LiveProgress(Console(file=io.StringIO()))
     progress.stop()

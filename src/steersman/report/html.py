@@ -25,6 +25,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from steersman import __version__
+from steersman.engine.claims import FEWEST_UNITS
 from steersman.engine.comparison import Comparison
 from steersman.engine.rows import writing
 from steersman.errors import InputError
@@ -54,6 +55,7 @@ from steersman.report.summary import (
     recipe,
     setting_name,
     shown_figures,
+    span,
     troubles,
     value_name,
     varying,
@@ -132,7 +134,7 @@ def render(comparison: Comparison, exhibits: Sequence[Block] = ()) -> str:
             plots=_plots(comparison, names),
             figures=_figure_table(comparison),
             glossary=_glossary(comparison),
-            exhibits=_exhibits(exhibits, table, names),
+            exhibits=_exhibits(comparison, exhibits, table, names),
             troubles=troubles(comparison),
             missing=missing(comparison),
             facts=_facts(comparison),
@@ -222,9 +224,7 @@ def _headline(comparison: Comparison, found: Sequence[Pick]) -> str:
 def _summary(comparison: Comparison) -> str:
     seeds = comparison.config.get("seeds", [])
     good = sum(r.status == "ok" for r in comparison.rows)
-    knobs = [
-        f"{k.replace('_', ' ')} {listed([value_name(v) for v in vs])}" for k, vs in _grid(comparison).items() if vs
-    ]
+    knobs = [f"{k.replace('_', ' ')} {listed([value_name(v) for v in vs])}" for k, vs in _grid(comparison).items()]
     at = f" at {'; '.join(knobs)}" if knobs else ""
     runs = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''} each" if seeds else "no seeds"
     every = "all" if good == len(comparison.rows) else f"{good} of {len(comparison.rows)}"
@@ -237,7 +237,8 @@ def _summary(comparison: Comparison) -> str:
 
 
 def _grid(comparison: Comparison) -> dict[str, list[Any]]:
-    return {k: list(v) for k, v in comparison.config.get("grid", {}).items()}
+    grid = {k: [x for x in v if x is not None] for k, v in comparison.config.get("grid", {}).items()}
+    return {k: v for k, v in grid.items() if v}
 
 
 def _brief(label: str) -> str:
@@ -245,7 +246,11 @@ def _brief(label: str) -> str:
 
 
 def _few(comparison: Comparison) -> bool:
-    return len(comparison.config.get("seeds", [])) < 5
+    """Whether no contender has rows of enough seeds for an interval."""
+    counts: dict[tuple[str, str], set[int]] = {}
+    for row in comparison.select():
+        counts.setdefault((row.contender, json.dumps(row.setting, default=str)), set()).add(row.seed)
+    return max(map(len, counts.values()), default=0) < FEWEST_UNITS
 
 
 # ------------------------------------------------------------------ picks
@@ -274,7 +279,7 @@ def _card(comparison: Comparison, found: Pick) -> dict[str, Any]:
                 "at": at(gap.mean),
                 "clear": gap.clear is True,
                 "text": number(gap.mean, 3),
-                "interval": f"{number(first, 3)} to {number(last, 3)}" if first != last else "",
+                "interval": span(first, last) if first != last else "",
             }
         )
     return {
@@ -455,8 +460,11 @@ def _labels(exhibits: Sequence[Block]) -> list[str]:
     return found
 
 
-def _exhibits(exhibits: Sequence[Block], table: Mapping[str, Mark], names: _Names) -> list[dict[str, Any]]:
+def _exhibits(
+    comparison: Comparison, exhibits: Sequence[Block], table: Mapping[str, Mark], names: _Names
+) -> list[dict[str, Any]]:
     """The blocks, ready for the template; blocks that differ in their setting only share tabs."""
+    constant = {*comparison.config.get("grid", {}), *comparison.config.get("fixed", {})} - set(varying(comparison))
     grids = [b for b in exhibits if isinstance(b, ImageGrid)]
     budget = MOST_PIXELS // max(len(grids), 1)
     groups: list[dict[str, Any]] = []
@@ -464,7 +472,7 @@ def _exhibits(exhibits: Sequence[Block], table: Mapping[str, Mark], names: _Name
         ready = _ready(block, table, names, budget)
         title = getattr(block, "title", "")
         key = (type(block).__name__, title)
-        where = setting_name(getattr(block, "setting", {}))
+        where = setting_name({k: v for k, v in getattr(block, "setting", {}).items() if k not in constant})
         if groups and groups[-1]["key"] == key and where and title:
             groups[-1]["tabs"].append({"title": where, "block": ready})
         else:
@@ -559,13 +567,13 @@ def _pieces(text: Text) -> list[dict[str, str]]:
     """The text cut at its spans; where spans overlap, the one that starts first goes on."""
     shown = text.text[:MOST_CHARACTERS]
     pieces, at = [], 0
-    for span in sorted(text.spans, key=_start):
-        start, end = max(span.start, at), min(span.end, len(shown))
+    for marked in sorted(text.spans, key=_start):
+        start, end = max(marked.start, at), min(marked.end, len(shown))
         if start >= end:
             continue
         if start > at:
             pieces.append({"kind": "", "note": "", "text": shown[at:start]})
-        pieces.append({"kind": span.kind, "note": span.note, "text": shown[start:end]})
+        pieces.append({"kind": marked.kind, "note": marked.note, "text": shown[start:end]})
         at = end
     pieces.append({"kind": "", "note": "", "text": shown[at:]})
     if len(text.text) > MOST_CHARACTERS:
@@ -690,8 +698,8 @@ def _timeline(block: Timeline, names: _Names) -> dict[str, Any]:
     for label in block.lanes:
         busy: dict[str, float] = {}
         for lane in block.lanes[label].values():
-            for span in lane:
-                busy[span.kind] = busy.get(span.kind, 0.0) + span.end - span.start
+            for piece in lane:
+                busy[piece.kind] = busy.get(piece.kind, 0.0) + piece.end - piece.start
         total = sum(busy.values()) or 1.0
         shares = ", ".join(f"{kind} {100 * busy[kind] / total:.0f}%" for kind in ACTIVITIES if kind in busy)
         versions = {

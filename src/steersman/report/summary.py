@@ -52,11 +52,9 @@ class Estimate:
             return "not a number" if self.lost else "–"
         if self.low is None or self.high is None:
             return number(self.mean)
-        if self.kind == "range":
-            return f"{number(self.mean)} ({number(self.low, 3)} to {number(self.high, 3)})"
         low, high = self.mean - self.low, self.high - self.mean
-        if not math.isclose(low, high, rel_tol=0.05):
-            return f"{number(self.mean)} ({number(self.low, 3)} to {number(self.high, 3)})"
+        if self.kind == "range" or not math.isclose(low, high, rel_tol=0.05):
+            return f"{number(self.mean)} ({span(self.low, self.high)})"
         return plus_minus(self.mean, high)
 
 
@@ -340,10 +338,17 @@ def number(x: float, digits: int = 4) -> str:
         return f"{int(x):,}".replace("-", "−") if abs(x) >= 10_000 else f"{int(x)}".replace("-", "−")
     if float(f"{x:.{digits}g}") == x and 1e-4 <= abs(x) < 1e6:
         return f"{x:.{digits}g}".replace("-", "−")
-    exponent = math.floor(math.log10(abs(float(f"{x:.{digits - 1}e}"))))
+    exponent = int(f"{x:.{digits - 1}e}".partition("e")[2])
     if -4 <= exponent < 6:
         return f"{x:.{max(digits - 1 - exponent, 0)}f}".replace("-", "−")
     return _scientific(f"{x:.{digits - 1}e}")
+
+
+def span(low: float, high: float, digits: int = 3) -> str:
+    """ "0.21 to 0.36": as many digits as it takes to tell the ends apart."""
+    while digits < 8 and low != high and number(low, digits) == number(high, digits):
+        digits += 1
+    return f"{number(low, digits)} to {number(high, digits)}"
 
 
 def plus_minus(mean: float, half: float) -> str:

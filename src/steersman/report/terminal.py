@@ -6,6 +6,7 @@ error is no terminal, progress is a plain line now and then.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.text import Text as RichText
 
 from steersman.engine.bench import Row
 from steersman.engine.comparison import Comparison
+from steersman.engine.rows import CONFIG
 from steersman.report.evidence import effect_text, interval_text, units_text
 from steersman.report.summary import (
     Pick,
@@ -30,6 +32,7 @@ from steersman.report.summary import (
     pick,
     picks,
     setting_name,
+    span,
     troubles,
     varying,
 )
@@ -69,6 +72,7 @@ class LiveProgress:
         self.total = self.done = self.failed = self.run = 0
         self.began = self.said = self.paused = 0.0
         self.now, self.step, self.last = "", "", ""
+        self.knobs: list[str] | None = None
         self.share = 0.0
         self.live: Live | None = None
 
@@ -76,6 +80,7 @@ class LiveProgress:
         """A run of ``total`` rows begins, of which ``done`` were there already."""
         self.total, self.done, self.run, self.failed, self.share = total, done, 0, 0, 0.0
         self.now = self.step = self.last = ""
+        self.knobs = _varying_knobs(out)
         self.began = self.said = self.clock()
         kept = f", {done} of them kept from before" if done else ""
         self.console.print(plain_text(f"{total} rows to {out}{kept}", style="dim"))
@@ -89,7 +94,7 @@ class LiveProgress:
 
     def row(self, contender: str, setting: Mapping[str, Any], seed: int) -> None:
         """A row begins."""
-        self.now = f"{contender} · {setting_name(_spoken(setting))} · seed {seed}"
+        self.now = f"{contender}{self._place(setting)} · seed {seed}"
         self.step, self.share = "", 0.0
         self._refresh()
 
@@ -107,7 +112,7 @@ class LiveProgress:
             shown = ", ".join(f"{name.replace('_', ' ')} {number(x, 3)}" for name, x in list(row.figures.items())[:3])
         else:
             shown = f"{row.status}: {row.error}"
-        self.last = f"{row.contender} · {setting_name(_spoken(row.setting))} · seed {row.seed}: {shown}"
+        self.last = f"{row.contender}{self._place(row.setting)} · seed {row.seed}: {shown}"
         if self.live is None:
             late = self.clock() - self.said >= QUIET_S
             if late or row.status == "failed" or self.done == self.total:
@@ -124,6 +129,10 @@ class LiveProgress:
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+    def _place(self, setting: Mapping[str, Any]) -> str:
+        shown = {k: v for k, v in setting.items() if v is not None and (self.knobs is None or k in self.knobs)}
+        return f" · {setting_name(shown)}" if shown else ""
 
     def _left(self) -> str:
         spent = self.clock() - self.began
@@ -159,10 +168,10 @@ def print_summary(comparison: Comparison, console: Console | None = None) -> Non
     console = console or Console(highlight=False)
     quality, cost = comparison.bench.headline
     console.print()
-    console.print(figure_table(comparison, quality))
     figures = comparison.bench.figures
     others = [n for n in _present(comparison) if n != quality and (n == cost or figures[n].role != "info")]
-    for name in others[:2]:
+    for name in [quality, *others[:2]]:
+        console.print(plain_text(figure_name(comparison, name)), soft_wrap=True)
         console.print(figure_table(comparison, name))
     for line in verdict_lines(comparison):
         console.print(line, soft_wrap=True)
@@ -184,15 +193,9 @@ def print_summary(comparison: Comparison, console: Console | None = None) -> Non
 
 def figure_table(comparison: Comparison, figure: str) -> Table:
     """Contenders x settings for one figure; the best at each setting is bold and starred."""
-    about = comparison.bench.figures[figure]
     knobs = varying(comparison)
     settings = comparison.settings or [{}]
-    goal = "" if about.better == "neither" else f", {about.better} is better"
-    said = about.unit == figure.replace("_", " ")
-    unit = f" ({about.unit}{goal})" if about.unit and not said else f" ({goal[2:]})" if goal else ""
-    table = Table(
-        title=plain_text(f"{figure.replace('_', ' ')}{unit}"), box=box.SIMPLE, title_justify="left", pad_edge=False
-    )
+    table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("")
     for setting in settings:
         table.add_column(plain_text(setting_name(setting, knobs) or "all rows"), justify="right")
@@ -209,6 +212,15 @@ def figure_table(comparison: Comparison, figure: str) -> Table:
             row.append(plain_text(f"{text} *" if first else text, style="bold" if first else ""))
         table.add_row(*row)
     return table
+
+
+def figure_name(comparison: Comparison, figure: str) -> str:
+    """ "seconds (s, lower is better)"."""
+    about = comparison.bench.figures[figure]
+    words = figure.replace("_", " ")
+    notes = [] if about.unit in ("", words) else [about.unit]
+    notes += [] if about.better == "neither" else [f"{about.better} is better"]
+    return f"{words} ({', '.join(notes)})" if notes else words
 
 
 def verdict_lines(comparison: Comparison) -> list[RichText]:
@@ -244,7 +256,7 @@ def sure(found: Pick) -> str:
     if found.verdict == "unknown":
         return f"{gap}; no interval with fewer than 5 seeds"
     low, high = runner.interval or (runner.mean, runner.mean)
-    gap += f" (95%: {number(low, 3)} to {number(high, 3)})" if low != high else " at every seed"
+    gap += f" (95%: {span(low, high)})" if low != high else " at every seed"
     if found.verdict == "clear":
         return gap
     cheap = f"; {found.cheaper} costs less" if found.cheaper else ""
@@ -299,8 +311,13 @@ def _present(comparison: Comparison) -> list[str]:
     return [name for name in comparison.bench.figures if name in names]
 
 
-def _spoken(setting: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in setting.items() if v is not None}
+def _varying_knobs(out: Path) -> list[str] | None:
+    """The knobs that take several values in the run in ``out``; None if that isn't known."""
+    try:
+        grid = json.loads((out / CONFIG).read_text())["grid"]
+        return [knob for knob, values in grid.items() if len(values) > 1]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -1,13 +1,13 @@
 r"""Sampling with a given number of network calls: which sampler makes the most of them.
 
-All contenders start from the same noise and labels (or prompts), on grids that begin and end together; each
-takes the most steps that fit into the calls. What is measured depends on the subject:
+All contenders start from the same noise and labels (or prompts), with the settings of the pipeline's own
+scheduler (its spacing of timesteps too); each takes the most steps that fit into the calls. What is measured depends on the subject:
 
 - ``gaussians`` (points in the plane): sliced and exact Wasserstein distance to exact samples, mode weights;
 - pixel-space pipelines with real images (``digits`` brings its own): Frechet and kernel distance in the
   features of a judge, precision and recall, and the share of samples that are of their class;
 - any model, without data: how far each sample ends from where the model's own probability flow takes the
-  same noise, on a grid of all its training times (:math:`\sqrt{\mathrm{mean}\,(x - x^*)^2}`).
+  same noise, from the sampler's first timestep down by all training times (:math:`\sqrt{\mathrm{mean}\,(x - x^*)^2}`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
 from steersman.engine import subjects
-from steersman.engine.bench import Figure, Knob, PartInfo
+from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import Contender, Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.errors import Inapplicable, InputError, TrialError
@@ -127,7 +127,7 @@ class Sampling:
     """See the module's text."""
 
     id = "sampling"
-    shape: Literal["Sampler"] = "Sampler"
+    shape: Shape = "Sampler"
     default_subject = "digits"
     headline: tuple[str, str] = ("frechet", "calls")
     knobs: Mapping[str, Knob] = {
@@ -136,9 +136,9 @@ class Sampling:
         "guidance": Knob(float, None, "classifier-free guidance scale (default: the pipeline's)", low=1, sweep=False),
         "spacing": Knob(
             str,
-            "trailing",
-            "spacing of all contenders' timesteps, own: as the pipeline's scheduler says",
-            choices=("trailing", "leading", "linspace", "own"),
+            "own",
+            "spacing of all contenders' timesteps; own: as the pipeline's scheduler says",
+            choices=("own", "leading", "trailing", "linspace"),
             sweep=False,
         ),
         "prompts": Knob(str, None, "a text file, one prompt a line, for text-to-image pipelines", sweep=False),

@@ -3,7 +3,7 @@
 A classical method for dx/dt = f splits into a *gradient part*, which combines evaluations of f, and a
 *transfer part*, which moves x along the result. PNDM keeps the weights of the gradient part, applies
 them to the network's noise estimates, and transfers along DDIM's exact step for a constant noise
-(eq. 11), which stays on the manifold of noisy data:
+(eq. 9), which stays on the manifold of noisy data:
 
     phi(x, eps, t, s) = sqrt(abar_s / abar_t) x
                         - (abar_s - abar_t) eps / [sqrt(abar_t) (sqrt((1 - abar_s) abar_t) + sqrt((1 - abar_t) abar_s))]

@@ -72,7 +72,7 @@ class Process(ABC):
 
         a = sqrt(abar_s / abar_t), b = (abar_s - abar_t) / [alpha_t (sigma_s alpha_t + sigma_t alpha_s)]:
         DDIM's step, in the form that does not subtract two nearly equal numbers
-        (Liu et al. 2022, arXiv 2202.09778, eq. 11). Undefined where abar_t = 0.
+        (Liu et al. 2022, arXiv 2202.09778, eq. 9). Undefined where abar_t = 0.
         """
         at, as_ = self.alpha_bar(t), self.alpha_bar(s)
         if at == as_:

@@ -1,7 +1,8 @@
 r"""Sampling with a given number of network calls: which sampler makes the most of them.
 
 All contenders start from the same noise and labels (or prompts), with the settings of the pipeline's own
-scheduler (its spacing of timesteps too); each takes the most steps that fit into the calls. What is measured depends on the subject:
+scheduler (its spacing of timesteps too); each takes the most steps that fit into the calls. What is
+measured depends on the subject:
 
 - ``gaussians`` (points in the plane): sliced and exact Wasserstein distance to exact samples, mode weights;
 - pixel-space pipelines with real images (``digits`` brings its own): Frechet and kernel distance in the

@@ -35,7 +35,8 @@ def test_payload_is_what_the_kernel_sent():
         # Everyone's traffic on loopback, shared out: at least ours; other programs may add to it.
         assert usage["interface_bytes"] >= payload
         assert len(usage["spans"]) == 2 * count
-        assert all(0 <= start < end <= usage["seconds"] + 60 for _, start, end in usage["spans"])
+        # The pause of 0.6 s between the blocks takes no counted time.
+        assert all(0 <= start < end <= usage["seconds"] + 0.5 for _, start, end in usage["spans"])
         assert 0 < usage["communicating_s"] <= sum(end - start for _, start, end in usage["spans"]) + 1e-9
         assert 0 < usage["cpu_s"] <= 3 * usage["seconds"]
 

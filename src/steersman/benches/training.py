@@ -370,7 +370,7 @@ def train(task: dict[str, Any], setting: dict[str, Any], parts: list[dict[str, A
                 report(step + 1, steps, f"loss {losses[-1]:.3f}")
         done = mark
         measure(mark)
-    first = times[max(0, len(times) - TIMELINE_STEPS)][0]
+    first = times[max(0, steps - TIMELINE_STEPS)][0]
     usage = asdict(counters.usage)
     usage["spans"] = [span for span in usage["spans"] if span[2] >= first]
     return {
@@ -569,9 +569,11 @@ class TrainingBench:
 
     def exhibits(self, comparison: Comparison) -> list[Block]:
         blocks: list[Block] = [Note(LOOPBACK, title="What the seconds mean")]
+        settings = comparison.settings
+        swept = [name for name in settings[0] if len({setting[name] for setting in settings}) > 1] if settings else []
         axes = (("step", "Loss against steps", "steps"), ("payload_mb", "Loss against bytes", "payload, MB a worker"))
         for axis, title, label in axes:
-            for setting in comparison.settings:
+            for setting in settings:
                 lines = {}
                 for contender in comparison.contenders:
                     line = _line(comparison, contender, setting, axis)
@@ -585,14 +587,15 @@ class TrainingBench:
                         "held-out loss, nats",
                         band="range over seeds",
                         caption="Held-out loss of the workers' mean weights, mean over the seeds.",
-                        setting=setting,
+                        setting={name: setting[name] for name in swept},
                     )
                     blocks.append(curves)
-        for setting in comparison.settings:
+        for setting in settings:
             lanes = {c: found for c in comparison.contenders if (found := _lanes(comparison, c, setting))}
             if lanes:
                 caption = f"The last {TIMELINE_STEPS} steps of the first seed, and the collectives on their way."
-                blocks.append(Timeline("Who did what when", lanes, caption=caption, setting=setting))
+                shown = {name: setting[name] for name in swept}
+                blocks.append(Timeline("Who did what when", lanes, caption=caption, setting=shown))
         return blocks
 
 

@@ -83,7 +83,7 @@ class Usage:
         interface_bytes: sent by the interface, this worker's even share; None where unknown.
         calls: number of collectives by name.
         communicating_s: time during which at least one collective was on its way.
-        spans: (name, start, end) of each collective, in seconds since the count first started.
+        spans: (name, start, end) of each collective, in counted seconds: pauses between blocks don't count.
     """
 
     seconds: float = 0.0
@@ -106,6 +106,10 @@ class Counters:
 
     Args:
         interface: the network interface that carries the traffic.
+
+    Attributes:
+        usage: what has been counted; up to date after each block.
+        origin: zero of the counted seconds on :func:`time.perf_counter`'s clock, inside a block.
 
     Raises:
         InputError: ``interface`` can't be a name of one.
@@ -138,7 +142,7 @@ class Counters:
                 library.impl(name, kernel, key, with_keyset=True)
         self._library = library
         self._start = (time.perf_counter(), time.process_time())
-        self.origin = self._start[0] if self.origin is None else self.origin
+        self.origin = self._start[0] - self.usage.seconds
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -161,7 +161,7 @@ def prompts(
     order = np.random.default_rng([seed, 0x646F6373]).permutation(len(starts))
     # A token is at least one byte, but seldom more than 16: tokenize only as much text as a passage may need.
     reach = 16 * (tokens + continuation)
-    taken: list[tuple[int, int, int]] = []
+    taken: dict[int, list[tuple[int, int]]] = {}
     found: list[Prompt] = []
     for index in order:
         d, start = starts[index]
@@ -172,9 +172,9 @@ def prompts(
             continue
         prompt, follows = str(tokenizer.decode(ids[:tokens])), str(tokenizer.decode(ids[tokens:]))
         end = start + len(prompt)
-        if any(d == other and start < stop and begin < end for other, begin, stop in taken):
+        if any(start < stop and begin < end for begin, stop in taken.setdefault(d, [])):
             continue
-        taken.append((d, start, end))
+        taken[d].append((start, end))
         found.append(Prompt(held_out[d].name, prompt, tuple(ids[:tokens]), follows, tuple(ids[tokens:])))
         if len(found) == n:
             return found

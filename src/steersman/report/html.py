@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from steersman import __version__
 from steersman.engine.claims import FEWEST_UNITS
@@ -149,7 +150,7 @@ def render(comparison: Comparison, exhibits: Sequence[Block] = ()) -> str:
             script=Markup(script),
             digest=digest,
             setting_name=setting_name,
-            number=number,
+            breakable=_breakable,
             listed=listed,
             knobs=varying(comparison),
             few=_few(comparison),
@@ -243,6 +244,11 @@ def _grid(comparison: Comparison) -> dict[str, list[Any]]:
 
 def _brief(label: str) -> str:
     return label if len(label) <= 48 else label[:47] + "…"
+
+
+def _breakable(label: str) -> Markup:
+    """A contender's label that a line may break after its colons, plus and equals signs."""
+    return Markup(re.sub("([:+=,])", r"\1<wbr>", str(escape(label))))
 
 
 def _few(comparison: Comparison) -> bool:

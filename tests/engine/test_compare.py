@@ -290,3 +290,15 @@ def test_named_files_are_part_of_the_key(subject, tmp_path):
     before = row_key("toy", "x", stack, {"judge": f"{judge}:f"}, 0)
     judge.write_text("def f(): return 1")
     assert row_key("toy", "x", stack, {"judge": f"{judge}:f"}, 0) != before
+
+
+def test_pairs_are_refused_where_one_side_failed(subject, tmp_path):
+    class Odd(ToyBench):
+        def trial(self, h, setting, rng, log):
+            if rng.base == 1 and h["parts"][0][1]["value"] == 2:
+                raise ValueError("diverged")
+            return super().trial(h, setting, rng, log)
+
+    comparison = run(subject, tmp_path / "a", bench=Odd())
+    with pytest.raises(LookupError, match="constant:value=2 failed with seed 1"):
+        comparison.paired("error", "constant:value=1", "constant:value=2", calls=1)

@@ -86,3 +86,11 @@ def test_a_changed_file_is_loaded_anew(tmp_path):
     assert subjects.load_callable(f"{path}:f")() == 1
     path.write_text("def f(): return 2\n")
     assert subjects.load_callable(f"{path}:f")() == 2
+
+
+def test_a_reference_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "a.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    assert subjects.resolve("digits").kind == "reference"
+    assert subjects.resolve("./digits").kind == "path"

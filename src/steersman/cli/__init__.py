@@ -11,39 +11,37 @@ import typer
 from steersman import __version__
 from steersman.cli import apply, cite, compare, evidence, info, methods, probe
 
-app = typer.Typer(
-    name="steersman",
-    help="Published methods for steering generative models, as drop-ins, with proof.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    epilog="[bold]Start here[/bold]: steersman compare sampling · steersman info pndm · steersman evidence pndm",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"steersman {__version__}")
         raise typer.Exit
 
 
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
-    ] = False,
-) -> None:
-    """Published methods for steering generative models, as drop-ins, with proof."""
+def build(arguments: list[str]) -> typer.Typer:
+    """The command line; ``arguments`` tell which bench's options are needed."""
+    app = typer.Typer(
+        name="steersman",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        epilog="[bold]Start here[/bold]: steersman compare sampling · steersman info pndm · steersman evidence pndm",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+        ] = False,
+    ) -> None:
+        """Published methods for steering generative models, as drop-ins, with proof."""
 
-methods.add_to(app)
-info.add_to(app)
-cite.add_to(app)
-compare.add_to(app, sys.argv[1:])
-evidence.add_to(app)
-apply.add_to(app)
-probe.add_to(app)
+    for verb in (methods, info, cite):
+        verb.add_to(app)
+    compare.add_to(app, arguments)
+    for verb in (evidence, apply, probe):
+        verb.add_to(app)
+    return app
 
 
 def _terminate(signum: int, frame: object) -> None:
@@ -53,4 +51,8 @@ def _terminate(signum: int, frame: object) -> None:
 def main() -> None:
     """Entry point of ``steersman``. A polite kill ends like Ctrl-C: what is finished stays, children stop."""
     signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app = build(sys.argv[1:])
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
     app()

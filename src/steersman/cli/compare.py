@@ -36,14 +36,17 @@ def add_to(app: typer.Typer, arguments: list[str]) -> None:
     named = next((word for word in arguments[1:] if not word.startswith("-")), None) if arguments else None
     wanted = named if arguments[:1] == ["compare"] else None
     for entry in catalog.benches().values():
-        command = _command(entry.id) if entry.id == wanted else _stub(entry.id)
-        group.command(entry.id, help=entry.summary, epilog=_epilog(entry.id))(command)
+        bench = _load(entry.id) if entry.id == wanted else None
+        command = _command(bench) if bench is not None else _stub(entry.id)
+        group.command(entry.id, help=entry.summary, epilog=_epilog(entry, bench))(command)
     app.add_typer(group, name="compare")
 
 
-def _epilog(bench: str) -> str:
-    methods = [card.id for card in catalog.cards().values() if bench in card.benches]
-    return f"methods: {', '.join(methods) or 'none yet'}"
+def _epilog(entry: catalog.BenchEntry, bench: Any) -> str:
+    methods = [card.id for card in catalog.cards().values() if entry.id in card.benches]
+    if bench is not None:
+        methods += [name for name in bench.parts() if name not in methods]
+    return f"contenders: {', '.join(methods)}" if methods else ""
 
 
 def _stub(bench: str) -> Any:
@@ -59,14 +62,13 @@ def methods_of(incomplete: str) -> list[str]:
     return [f"{head}{comma}{name}" for name in catalog.cards() if name.startswith(last)]
 
 
-def _command(bench_id: str) -> Any:
+@one_sentence
+def _load(bench: str) -> Any:
+    return catalog.bench(bench)
+
+
+def _command(bench: Any) -> Any:
     """The bench's command: the options that all benches share, then its own knobs."""
-
-    @one_sentence
-    def load() -> Any:
-        return catalog.bench(bench_id)
-
-    bench = load()
 
     def command(**options: Any) -> None:
         shared = {name: options.pop(name) for name in SHARED}
@@ -83,7 +85,7 @@ def _command(bench_id: str) -> Any:
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = f"Compare contenders in the bench {bench_id}."
+    command.__doc__ = f"Compare contenders in the bench {bench.id}."
     return one_sentence_keeping_signature(command)
 
 

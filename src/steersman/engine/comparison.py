@@ -97,8 +97,13 @@ class Comparison:
         """``figure`` of ``a`` and of ``b`` at the seeds that both have, in the order of the seeds.
 
         Raises:
-            LookupError: one of them has no row there.
+            LookupError: one of them has no row there, or failed with some seed: leaving that seed out would
+                judge a contender on the seeds that suit it.
         """
+        for name in (a, b):
+            failed = sorted(r.seed for r in self.select(name, status="failed", **setting))
+            if failed:
+                raise LookupError(f"{name} failed with seed {', '.join(map(str, failed))} at {setting}")
         left, right = self.values(figure, a, **setting), self.values(figure, b, **setting)
         seeds = sorted(left.keys() & right.keys())
         if not seeds:

@@ -1,7 +1,8 @@
 """Subjects (what is worked on) and callables (rewards, judges, scorers), one syntax everywhere.
 
 A subject is a reference name (``digits``, ``docs/small``, ``gaussians:ring-sharp``), a local folder or
-file, ``file.py:factory``, ``openai:model``, or a hub id (``owner/name``). A callable is ``file.py:name``.
+file, ``file.py:factory``, ``openai:model``, or a hub id (``owner/name``). A reference name wins over a
+folder of that name, which is ``./digits``. A callable is ``file.py:name``.
 Naming a file is the only way that a user's code gets loaded.
 """
 
@@ -51,7 +52,7 @@ def resolve(spec: str) -> Subject:
     if not isinstance(spec, str) or not spec.strip():
         raise InputError("subject", spec, "a reference name, a path, a hub id, file.py:factory or openai:model")
     name = spec.partition(":")[0]
-    if name.partition("/")[0] in loading.names() and not Path(spec).exists():
+    if name.partition("/")[0] in loading.names():
         try:
             path: Path | None = loading.path(name)
         except InputError as error:

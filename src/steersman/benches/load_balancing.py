@@ -189,11 +189,10 @@ class LoadBalancing:
         best, step = task.best, task.job[task.shown]
         used = best.step_fabric_bounds > 0
         by_step = found.step_fabric_bounds[used] / best.step_fabric_bounds[used]
-        log.per_item("step_congestion", by_step.tolist())
         shown = loads(task.fabric, step, h.policy.assign(task.fabric, step, seed)).seconds(task.fabric)
         scale = best.step_fabric_bounds[task.shown] or 1.0
         up, down = np.where(task.fabric.capacity == 0, np.nan, shown / scale)
-        log.arrays("links", up=up, down=down)
+        log.arrays("links", up=up, down=down, steps=by_step)
         figures = {
             "congestion": congestion(found, best),
             "step_congestion": float(by_step.mean()) if by_step.size else 1.0,

@@ -45,7 +45,7 @@ from steersman.reference import docs
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "src" / "steersman_reference" / "docs"
-VOCABULARY, POSITIONS = 4096, 512
+VOCABULARY, POSITIONS, BATCH = 4096, 512, 4  # tokens known, tokens a window, windows a step
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
@@ -56,8 +56,10 @@ class Recipe:
     Args:
         hidden, layers, mlp, heads: the Llama configuration.
         steps: optimizer steps; fixed in advance from a measured speed.
-        batch: windows of 512 tokens a step.
-        rate: peak learning rate.
+        rate, embedding_rate: peak learning rates.
+        scaled_start: begin with embeddings 2.5 times as large, and with what attention and MLP add smaller by
+            the root of twice the number of layers: in a wide network the branches would drown the embeddings
+            (after 200 steps of `base` the held-out loss is 5.1 with it and 5.5 without).
         dropout: probability, on the residual branches.
         seed: of the initialisation, the order of the data and the dropout.
     """
@@ -67,16 +69,17 @@ class Recipe:
     mlp: int
     heads: int
     steps: int
-    batch: int
     rate: float
+    embedding_rate: float
+    scaled_start: bool
     dropout: float
     seed: int
 
 
 RECIPES = {
-    "tiny": Recipe(48, 3, 128, 2, steps=1600, batch=4, rate=6e-3, dropout=0.0, seed=11),
-    "small": Recipe(128, 3, 344, 2, steps=2000, batch=4, rate=4e-3, dropout=0.0, seed=12),
-    "base": Recipe(384, 4, 832, 4, steps=3000, batch=2, rate=3e-3, dropout=0.05, seed=13),
+    "tiny": Recipe(48, 3, 128, 2, 1600, 6e-3, 6e-3, scaled_start=False, dropout=0.0, seed=11),
+    "small": Recipe(128, 3, 344, 2, 2000, 4e-3, 4e-3, scaled_start=False, dropout=0.0, seed=12),
+    "base": Recipe(384, 4, 832, 4, 1400, 1.5e-3, 4e-3, scaled_start=True, dropout=0.05, seed=13),
 }
 
 
@@ -152,7 +155,14 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    if recipe.scaled_start:
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(2.5)
+            for layer in model.model.layers:
+                for branch in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    branch.weight.div_(math.sqrt(2 * recipe.layers))
+    return model
 
 
 def train(name: str, target: Path, scratch: Path, save_every: int) -> None:
@@ -167,10 +177,15 @@ def train(name: str, target: Path, scratch: Path, save_every: int) -> None:
                 branch.register_forward_hook(
                     lambda module, _, y: torch.nn.functional.dropout(y, recipe.dropout, module.training)
                 )
-    matrices = [p for p in model.parameters() if p.ndim > 1]
+    embeddings = [model.model.embed_tokens.weight]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+        [
+            {"params": embeddings, "lr": recipe.embedding_rate, "weight_decay": 0.1},
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": gains, "weight_decay": 0.0},
+        ],
         lr=recipe.rate,
         betas=(0.9, 0.95),
         fused=True,
@@ -187,7 +202,7 @@ def train(name: str, target: Path, scratch: Path, save_every: int) -> None:
     compiled = torch.compile(model)
     start, recent = time.perf_counter(), []
     for step in range(1, recipe.steps + 1):
-        x = torch.from_numpy(np.stack([next(data) for _ in range(recipe.batch)]))
+        x = torch.from_numpy(np.stack([next(data) for _ in range(BATCH)]))
         with torch.autocast("cpu", torch.bfloat16):
             loss = compiled(input_ids=x, labels=x).loss
         loss.backward()
@@ -203,7 +218,7 @@ def train(name: str, target: Path, scratch: Path, save_every: int) -> None:
             print(
                 f"{name} step {step}/{recipe.steps} train {np.mean(recent[-100:]):.3f} "
                 f"held-out(16) {held_out_loss(model, held_out, 16):.3f} "
-                f"{step * recipe.batch * POSITIONS / seconds:.0f} tokens/s {seconds:.0f} s",
+                f"{step * BATCH * POSITIONS / seconds:.0f} tokens/s {seconds:.0f} s",
                 flush=True,
             )
         if save_every and step % save_every == 0 and step < recipe.steps:
@@ -215,13 +230,13 @@ def train(name: str, target: Path, scratch: Path, save_every: int) -> None:
     size = sum(len(d.text.encode()) for d in docs.documents("heldout"))
     run = {
         "parameters": count,
-        "tokens_seen": recipe.steps * recipe.batch * POSITIONS,
-        "epochs": round(recipe.steps * recipe.batch * POSITIONS / sum(map(len, training)), 2),
+        "tokens_seen": recipe.steps * BATCH * POSITIONS,
+        "epochs": round(recipe.steps * BATCH * POSITIONS / sum(map(len, training)), 2),
         "train_loss_last_100_steps": round(float(np.mean(recent[-100:])), 4),
         "heldout_loss": round(loss, 4),
         "heldout_perplexity": round(math.exp(loss), 3),
         "heldout_bits_per_byte": round(loss * sum(map(len, held_out)) / size / math.log(2), 4),
-        "tokens_per_second": round(recipe.steps * recipe.batch * POSITIONS / (time.perf_counter() - start)),
+        "tokens_per_second": round(recipe.steps * BATCH * POSITIONS / (time.perf_counter() - start)),
         "recipe": asdict(recipe),
     }
     (scratch / f"{name}.json").write_text(json.dumps(run, indent=1) + "\n")

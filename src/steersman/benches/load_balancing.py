@@ -210,7 +210,9 @@ class LoadBalancing:
 
     def exhibits(self, comparison: Comparison) -> list[Block]:
         blocks: list[Block] = []
+        varying = [name for name, values in comparison.config["grid"].items() if len(values) > 1]
         for setting in comparison.settings:
+            short = {name: setting[name] for name in varying}
             up, down = {}, {}
             for label in comparison.contenders:
                 for row in comparison.select(label, **setting)[:1]:
@@ -220,7 +222,7 @@ class LoadBalancing:
                             up[label], down[label] = saved["up"], saved["down"]
             if up:
                 caption = "The step in which hashing is furthest from spraying; one seed."
-                blocks.append(LoadMap("Load of every link", up, down, ideal=1.0, caption=caption, setting=setting))
+                blocks.append(LoadMap("Load of every link", up, down, ideal=1.0, caption=caption, setting=short))
         blocks.append(
             Note(
                 "A flow model: what a link carries, and fair shares of it. It can't show what packets add: "

@@ -75,6 +75,12 @@ def test_a_contender_without_all_rows_is_not_picked(comparison: Comparison):
     assert summary.pick(comparison, {"calls": 20}).left_out == ("euler",)
 
 
+def test_rows_that_have_not_run_yet_disqualify_nobody(comparison: Comparison):
+    comparison.rows = [r for r in comparison.rows if r.contender != "plms" or r.seed < 6]
+    found = summary.pick(comparison, {"calls": 10})
+    assert found.best == "plms" and found.left_out == () and found.estimate.n == 6
+
+
 def test_equal_contenders_are_close_not_clear(tmp_path: Path):
     """Under no effect, the leader is called clear in at most 5% of runs (and not never picked)."""
     wrong = 0

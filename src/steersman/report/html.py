@@ -225,7 +225,10 @@ def _headline(comparison: Comparison, found: Sequence[Pick]) -> str:
 def _summary(comparison: Comparison) -> str:
     seeds = comparison.config.get("seeds", [])
     good = sum(r.status == "ok" for r in comparison.rows)
-    knobs = [f"{k.replace('_', ' ')} {listed([value_name(v) for v in vs])}" for k, vs in _grid(comparison).items()]
+    # What varies, or else what the budget was; the rest stands at the end of the page.
+    told = varying(comparison) or [comparison.bench.headline[1]]
+    grid = {k: vs for k, vs in _grid(comparison).items() if k in told}
+    knobs = [f"{k.replace('_', ' ')} {listed([value_name(v) for v in vs])}" for k, vs in grid.items()]
     at = f" at {'; '.join(knobs)}" if knobs else ""
     runs = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''} each" if seeds else "no seeds"
     every = "all" if good == len(comparison.rows) else f"{good} of {len(comparison.rows)}"
@@ -247,8 +250,8 @@ def _brief(label: str) -> str:
 
 
 def _breakable(label: str) -> Markup:
-    """A contender's label that a line may break after its colons, plus and equals signs."""
-    return Markup(re.sub("([:+=,])", r"\1<wbr>", str(escape(label))))
+    """A contender's label that a line may break after its colons, plus and equals signs, and inside CamelCase."""
+    return Markup(re.sub("(?<=[:+=,])|(?<=[a-z])(?=[A-Z])", "<wbr>", str(escape(label))))
 
 
 def _few(comparison: Comparison) -> bool:
@@ -629,6 +632,8 @@ def _load_map(block: LoadMap) -> dict[str, Any]:
     stops = _stops(ideal, top)
     marked = [("0", 0.0), *([(f"ideal {number(ideal, 3)}", ideal)] if ideal else []), (number(top, 3), top)]
     ticks = [(text, round(100 * value / top, 1)) for text, value in marked]
+    if ideal and ideal < 0.18 * top:
+        del ticks[0]  # no room for the zero
     if ideal and ideal > 0.82 * top:
         ticks = [ticks[0], (f"ideal {number(ideal, 3)}, most {number(top, 3)}" if top > ideal else ticks[1][0], 100.0)]
     gradient = ", ".join(f"{colour} {100 * at / top:.1f}%" for at, colour in stops)

@@ -56,8 +56,9 @@ def quality_plot(
         canvas = Figure(figsize=size, layout="constrained")
         axes = _axes(canvas, theme)
         by_knob = cost in comparison.bench.knobs and cost not in comparison.bench.figures
-        numeric = by_knob and all(_is_number(s.get(cost)) for s in settings)
         names = list(dict.fromkeys(str(s.get(cost)) for s in settings))
+        # A single value is no axis: contenders then stand beside each other.
+        numeric = by_knob and len(names) > 1 and all(_is_number(s.get(cost)) for s in settings)
         labels = comparison.contenders
         all_x, all_y = [], []
         drawn: list[tuple[Mark, list[tuple[Any, Estimate]]]] = []

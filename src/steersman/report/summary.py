@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -179,12 +180,17 @@ def pick(comparison: Comparison, setting: Setting, figure: str | None = None) ->
     better = comparison.bench.figures[figure].better
     if better == "neither":
         return None
-    found = {c: cell(comparison, figure, c, setting) for c in comparison.contenders}
-    most = max((e.n for e in found.values()), default=0)
-    whole = [c for c, e in found.items() if e.n == most and most > 0 and e.lost == 0]
-    whole = whole or [c for c, e in found.items() if e.n == most and most > 0]
+    numbers = {c: values(comparison, figure, c, setting) for c in comparison.contenders}
+    whole = [c for c in comparison.contenders if numbers[c] and _sound(comparison, c, setting, numbers[c])]
+    if not whole:  # nobody has all rows: those with the most of them
+        counts = {c: sum(map(math.isfinite, numbers[c].values())) for c in comparison.contenders}
+        most = max(counts.values(), default=0)
+        whole = [c for c, n in counts.items() if n == most > 0]
     if not whole:
         return None
+    # In a run that isn't finished, some have more seeds than others: only what all have counts.
+    common = set.intersection(*(set(numbers[c]) for c in whole)) or set.union(*(set(numbers[c]) for c in whole))
+    found = {c: estimate([v for seed, v in numbers[c].items() if seed in common]) for c in whole}
     cost_figure = comparison.bench.figures.get(cost)
     costs = {c: cell(comparison, cost, c, setting) for c in whole} if cost_figure else {}
     sign = -1.0 if better == "higher" else 1.0
@@ -208,6 +214,12 @@ def pick(comparison: Comparison, setting: Setting, figure: str | None = None) ->
     cheaper = min(saves, key=lambda c: dear * costs[c].mean) if saves else None
     left_out = tuple(c for c in comparison.contenders if c not in whole)
     return Pick(dict(setting), figure, best, found[best], costs.get(best), rivals, left_out, cheaper)
+
+
+def _sound(comparison: Comparison, contender: str, setting: Setting, numbers: Mapping[int, float]) -> bool:
+    """Whether a contender has no failed row and no value that isn't a number at ``setting``."""
+    rows = comparison.select(contender, status=None, **setting)
+    return all(row.status == "ok" for row in rows) and all(map(math.isfinite, numbers.values()))
 
 
 def picks(comparison: Comparison) -> list[Pick]:
@@ -313,7 +325,8 @@ def recipe(comparison: Comparison, contender: str) -> Recipe:
                 home = f"steersman.{card.room}" if card.distribution == "steersman" else module
                 lines.append(f"from {home} import {attribute}")
         else:
-            template, summary = "", f"the artefact {name}"
+            made = os.path.isfile(os.path.join(name, "artefact.json"))  # of any text: never raises
+            template, summary = "", f"made by steersman apply: {name}" if made else ""
         if template:
             lines.append(code_line(template, knobs))
         if summary:

@@ -35,6 +35,7 @@ from torch import Tensor
 from steersman import catalog
 from steersman.benches.sampling import _of_diffusers as of_diffusers
 from steersman.benches.sampling import _steps as most_steps
+from steersman.diffusion import mmd_ddm
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
 from steersman.engine import artefacts, subjects
@@ -322,10 +323,7 @@ class Finetuning:
         figures: dict[str, float] = {}
         real, labels = data.held_out[0][:n], None if data.held_out[1] is None else data.held_out[1][:n]
         if h.real:
-            if len(data.train[0]) < n:
-                raise Inapplicable(f"there are only {len(data.train[0])} training images for {n} samples")
-            index = torch.randperm(len(data.train[0]), generator=rng.torch("real"))[:n]
-            samples, labels = data.train[0][index], None if data.train[1] is None else data.train[1][index]
+            samples = _stand_ins(data, labels, n, rng)
         else:
             folder = h.folder
             if folder is None:
@@ -346,6 +344,10 @@ class Finetuning:
                 held_out, sampled = (image_metrics.features(extractor, scale(x)) for x in (real, samples))
                 found = image_metrics.feature_metrics(held_out, sampled)
                 figures |= found if not name else {f"frechet{name}": found["frechet"]}
+                if not name and labels is not None:
+                    # Sample i has the label of held-out image i: such pairs are not independent.
+                    pairs = torch.arange(n)
+                    figures["kernel"] = mmd_ddm.distance(sampled, held_out, "cubic", (pairs, pairs)).item()
         if data.classify is not None and labels is not None:
             figures["accuracy"] = image_metrics.class_accuracy(data.classify, samples, labels)
         return figures
@@ -433,6 +435,21 @@ def _apply(function: Callable[..., Any], settings: Mapping[str, Any], h: Host, f
             warnings.filterwarnings("ignore", "only .* real images")
             metrics = function(h.subject.folder, source, folder, seed=seed, log=progress, **settings)
     (folder / "metrics.json").write_text(json.dumps(plain(dict(metrics)), indent=1) + "\n")
+
+
+def _stand_ins(data: Data, labels: Tensor | None, n: int, rng: Streams) -> Tensor:
+    """Training images, none twice, with the labels that samples have (class shares weigh in every distance)."""
+    images, classes = data.train
+    order = torch.randperm(len(images), generator=rng.torch("real"))
+    if labels is None or classes is None:
+        chosen = order[:n]
+    else:
+        queues = {c: iter(order[classes[order] == c].tolist()) for c in classes.unique().tolist()}
+        found = [next(queues.get(c, iter(())), None) for c in labels.tolist()]
+        chosen = torch.tensor([i for i in found if i is not None], dtype=torch.long)
+    if len(chosen) < n:
+        raise Inapplicable(f"there are only {len(chosen)} training images of the labels of the {n} samples")
+    return images[chosen]
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def test_training_on_is_repeatable_and_lowers_its_loss(world, tmp_path):
     weights = []
     for turn in range(2):
         folder = tmp_path / str(turn)
-        Continue(steps=60, calls=2, batch_size=16, learning_rate=3e-3).fit(
+        Continue(steps=40, calls=1, batch_size=8, learning_rate=3e-3).fit(
             subject.folder, bench._data(subject, setting), folder, Streams(0), Log()
         )
         from steersman.diffusion.images import load_pipeline
@@ -153,4 +153,4 @@ def test_training_on_is_repeatable_and_lowers_its_loss(world, tmp_path):
         weights.append(torch.cat([p.flatten() for p in load_pipeline(folder).unet.parameters()]))
     assert torch.equal(*weights)
     losses = [float(line.rsplit(" ", 1)[1]) for line in Log.lines]
-    assert losses[3] < losses[0] - 0.05
+    assert losses[1] < losses[0] - 0.05

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -31,6 +32,8 @@ def load_pipeline(subject: str | Path) -> Any:
     """
     index = Path(subject) / "model_index.json"
     kind: Any = DiffusionPipeline
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a small model's bar only breaks into other output
     try:
         if Path(subject).is_dir() and json.loads(index.read_text()).get("_class_name") == "ClassConditionalPipeline":
             # diffusers looks only into its own module for a pipeline's class.
@@ -39,6 +42,9 @@ def load_pipeline(subject: str | Path) -> Any:
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError("subject", str(subject), f"a diffusers pipeline that can be read ({reason})") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_images(source: Path | None, channels: int = 3, labelled: bool = False) -> tuple[Tensor, Tensor | None]:

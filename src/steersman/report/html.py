@@ -232,7 +232,8 @@ def _summary(comparison: Comparison) -> str:
     at = f" at {'; '.join(knobs)}" if knobs else ""
     runs = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''} each" if seeds else "no seeds"
     every = "all" if good == len(comparison.rows) else f"{good} of {len(comparison.rows)}"
-    state = f"{every} rows went well" if comparison.rows else "no row has run yet"
+    far = " so far" if missing(comparison) else ""
+    state = f"{every} rows{far} went well" if comparison.rows else "no row has run yet"
     who = listed(comparison.contenders) or "no contender"
     return (
         f"The {comparison.bench.id} bench put {who} side by side on "

@@ -4,18 +4,19 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint format docs readme evidence benchmarks clean help
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/: *.*## /\t/' | expand -t 14
 
-demo: .venv/.run ## compare samplers and decoders on the reference models; prints the report's path last
+demo: .venv/.run ## compare decoders and samplers on the reference models; prints the report's path last
 	@rm -rf runs/demo
 	@$(BIN)/python -m steersman compare decoding --methods greedy,momentum-decoding,no-repeat-ngram,nucleus \
-	  --prompts-count 12 --new-tokens 48 --seeds 5 --out runs/demo/decoding
-	@$(BIN)/python -m steersman compare sampling --subject digits --methods ddim,pndm:variant=plms,pndm:variant=s-pndm \
-	  --calls 5,10,20 --seeds 5 --out runs/demo/sampling
+	  --count 8 --new-tokens 48 --seeds 5 --out runs/demo/decoding
+	@$(BIN)/python -m steersman compare sampling --subject digits --methods ddim,pndm,pndm:variant=s-pndm \
+	  --calls 5,10,20 --samples 128 --seeds 5 --out runs/demo/sampling
 
 test: .venv/.dev ## every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from steersman import __version__
 from steersman.cli import apply, cite, compare, evidence, info, methods, probe
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -51,6 +53,9 @@ def _terminate(signum: int, frame: object) -> None:
 def main() -> None:
     """Entry point of ``steersman``. A polite kill ends like Ctrl-C: what is finished stays, children stop."""
     signal.signal(signal.SIGTERM, _terminate)
+    # Read when torch loads. Without it idle OpenMP threads spin, and on a machine with anything else to do small
+    # networks take many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app = build(sys.argv[1:])
     except typer.Exit as end:

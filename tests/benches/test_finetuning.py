@@ -92,10 +92,11 @@ def test_a_judge_of_the_users_is_used(world):
 def test_an_artefact_is_a_contender(world):
     from steersman.engine.artefacts import run_verb
 
-    settings = {"calls": 2, "steps": 1, "batch_size": 8}
+    settings = {"calls": 2, "steps": 1, "batch_size": 8, "features": "mine.py:first_pixels"}
     subject = Finetuning().subject("mine.py:pipeline")  # its folder goes when it does
     record = run_verb("apply", "mmd-ddm", str(subject.folder), "tuned", "real.npz", settings)
     assert json.loads(Path("tuned/artefact.json").read_text())["metrics"]["calls"] == 2 == record["metrics"]["calls"]
+    assert record["settings"]["features"] == "mine.py:first_pixels"
     c = run(["./tuned", "none"])
     assert [r.status for r in c.rows] == ["ok", "ok"]
 

@@ -81,7 +81,7 @@ def run_verb(
             record = {
                 "verb": verb,
                 "method": card.id,
-                "settings": checked,
+                "settings": _as_written(checked, settings or {}),
                 "subject": {"spec": subject, "fingerprint": found.fingerprint},
                 "input": None if source is None else {"path": str(input), "fingerprint": subjects.tree_hash(source)},
                 "seed": seed,
@@ -133,6 +133,13 @@ def check_settings(card: Card, function: Callable[..., Any], settings: Mapping[s
             raise InputError(f"setting of {card.id}", name, nearest(key, known) if known else "left out: it has none")
         checked[key] = _typed(key, value, hints.get(key, str))
     return checked
+
+
+def _as_written(checked: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked settings for the record: a loaded callable by the text that named it."""
+    given = {name.replace("-", "_"): value for name, value in settings.items()}
+    texts = {name: given[name] if isinstance(given[name], str) else repr(given[name]) for name in checked}
+    return {name: texts[name] if callable(value) else value for name, value in checked.items()}
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format docs readme evidence benchmarks clean help
+.PHONY: demo test lint format docs readme picture evidence benchmarks clean help
 
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/: *.*## /\t/' | expand -t 14
@@ -36,6 +36,12 @@ docs: .venv/.dev ## the documentation site, in site/
 
 readme: .venv/.dev ## the README's table, from the cards
 	$(BIN)/python docs/render.py
+
+picture: .venv/.dev ## the README's picture, from a comparison that it runs
+	@rm -rf runs/picture
+	OMP_NUM_THREADS=1 $(BIN)/python -m steersman compare sampling --subject digits --seeds 5 --samples 256 --calls 5,10,20 \
+	  --methods ddim,pndm,pndm:variant=s-pndm,DPMSolverMultistepScheduler --out runs/picture
+	$(BIN)/python docs/picture.py runs/picture
 
 evidence: .venv/.dev ## judge every method's claims anew and write evidence/results/ (METHODS="a b", SCALE=quick, SEED=0)
 	$(BIN)/python evidence/run.py --scale $(or $(SCALE),quick) --seed $(or $(SEED),0) $(METHODS)

@@ -78,7 +78,7 @@ def probe(subject, input, out, *, seed=0, log, depth: int = 1):
 BENCH = """
 import os
 import time
-from steersman.engine.bench import Figure, Knob
+from steersman.engine.bench import Figure, Knob, PartInfo
 from steersman.engine.contenders import checked_knobs
 from steersman import catalog
 from steersman.errors import TrialError
@@ -95,7 +95,7 @@ class Greetings:
 
     def subject(self, spec): return spec
     def baselines(self): return ["silence"]
-    def parts(self): return {"silence": silence}
+    def parts(self): return {"silence": PartInfo(silence, "Says nothing.")}
     def check(self, s, setting): pass
     def host(self, s, setting, rng): return {}
 

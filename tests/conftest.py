@@ -107,7 +107,7 @@ class Greetings:
         time.sleep(float(os.environ.get("TINY_NAP", "0")))
         if h["value"] == 13:
             raise TrialError("the network returned NaN at step 3")
-        return {"warmth": h["value"] * setting["calls"] + rng.numpy("noise").normal()}
+        return {"warmth": h["value"] * setting["calls"] + rng.numpy("noise").normal() * (1 + 0.05 * h["value"])}
 
     def exhibits(self, comparison): return []
 """

@@ -152,14 +152,12 @@ class LoadBalancing:
 
     def parts(self) -> Mapping[str, PartInfo]:
         return {
-            "ecmp": PartInfo(
-                _plain(Ecmp), "hash-based equal-cost multipath, one path a flow", "(the switches' default)"
-            ),
+            "ecmp": PartInfo(_plain(Ecmp), "hash-based equal-cost multipath, one path a flow", ""),
             "ecmp-k": PartInfo(_sub_flows, "hash-based, k sub-flows a flow", "NCCL_IB_QPS_PER_CONNECTION=k  # {knobs}"),
             "single": PartInfo(
                 _plain(SinglePath), "one path a flow, the least loaded", "SinglePath().assign(fabric, step)"
             ),
-            "spray": PartInfo(_plain(Spray), "ideal packet spraying over all spines", "(needs hardware that sprays)"),
+            "spray": PartInfo(_plain(Spray), "ideal packet spraying over all spines"),
         }
 
     def host(self, s: Subject, setting: Setting, rng: Streams) -> Host:

@@ -27,7 +27,7 @@ def methods_table(link: str) -> str:
         paper = card.paper
         lines.append(
             f"| [`{card.id}`]({link.format(id=card.id)}) | {card.summary} | {card.host} "
-            f"| [{paper.get('venue') or 'arXiv'} {paper['year']}]({paper['url']}) |"
+            f"| [{card.where}]({paper['url']}) |"
         )
     return "\n".join(lines)
 
@@ -51,7 +51,7 @@ def method_page(card: Card) -> str:
         made = f"Judged on {record['date']} with steersman {record['versions']['steersman']}, torch "
         made += f"{record['versions']['torch']}; anyone can run it again: `steersman evidence {card.id}`."
         evidence = f"{made}\n\n{evidence_markdown(record, f'{card.id}.svg')}"
-    source = f"*{paper['title']}*. {', '.join(paper['authors'])}. {paper.get('venue', '')} {paper['year']}."
+    source = f"*{paper['title']}*. {', '.join(paper['authors'])}. {card.where}."
     commands = [f"$ steersman compare {bench} --methods {card.id}" for bench in card.benches]
     commands.append(f"$ steersman evidence {card.id}")
     return "\n".join(

@@ -70,6 +70,12 @@ class Card:
         """The method's name as a Python module: ``dpm-solver-pp`` -> ``dpm_solver_pp``."""
         return self.id.replace("-", "_")
 
+    @property
+    def where(self) -> str:
+        """Venue and year of the paper, the year once: "ICLR 2022", "arXiv 2023"."""
+        venue, year = self.paper.get("venue") or "arXiv", str(self.paper.get("year", ""))
+        return venue if year in venue else f"{venue} {year}"
+
     def to_json(self) -> dict[str, Any]:
         """The card's front matter as plain JSON."""
         names = ("id", "title", "paper", "family", "room", "host", "summary", "verbs", "benches", "aliases")

@@ -43,7 +43,7 @@ def info(
     authors = paper.get("authors", [])
     by = f"{authors[0]} et al." if len(authors) > 2 else " and ".join(authors)
     console.print(f"[bold]{card.title}[/bold]  [dim]{card.id}[/dim]")
-    console.print(f"{paper.get('title', '')} ({by}, {paper.get('venue', '')} {paper.get('year', '')})", markup=False)
+    console.print(f"{paper.get('title', '')} ({by}, {card.where})", markup=False)
     console.print(paper.get("url", ""), style="dim")
     console.print(f"\n{card.summary}\n", markup=False)
     console.print(Markdown(text))

@@ -81,9 +81,9 @@ class Knob:
         except (ValueError, KeyError, TypeError, OverflowError):
             raise InputError(name, value, allowed) from None
         if self.choices is not None and parsed not in self.choices:
-            raise InputError(name, value, allowed)
+            raise InputError(name, parsed, allowed)
         if (self.low is not None and parsed < self.low) or (self.high is not None and parsed > self.high):
-            raise InputError(name, value, allowed)
+            raise InputError(name, parsed, allowed)
         return parsed
 
     @property

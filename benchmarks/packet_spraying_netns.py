@@ -90,6 +90,7 @@ def serve(host: int, connections: int) -> None:
     """Accept connections, read each to its end, say so."""
     import threading
 
+    # All aliases of this host: in a network namespace of its own, whose only links lead to the other namespaces.
     server = socket.create_server(("0.0.0.0", 7000), backlog=64)
     print("ready", flush=True)
     threads = []

@@ -4,7 +4,8 @@ The loss and the choice of the checkpoint see the features of one classifier and
 figures are taken in the features of another classifier, and in principal components of the pixels, against
 held-out images. ``none`` is the given network under DDIM at equal calls; ``continue`` trains it on with its own
 loss for as many network passes as the fine-tuning took. A unit is a fit: noise, batches and the held-out split
-are new in each. Settings were chosen on fits of a seed that is not used here.
+are new in each. The learning rate was chosen on two fits of a
+seed that is not used here, with the judge's figures in view; ``continue`` had no such search.
 """
 
 from __future__ import annotations

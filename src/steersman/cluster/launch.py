@@ -180,7 +180,8 @@ def _failure(ranks: list[subprocess.Popen[bytes]], folder: Path) -> TrialError:
         code = _ended(ranks[silent[0]])
         assert code is not None
         last = _last_line(folder / f"rank{silent[0]}.log")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}: {last}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how += f": {last}" if last else ""
         error = TrialError(f"rank {silent[0]} of {len(ranks)} {how}")
     else:
         first = min(records, key=lambda i: records[i]["time"])
@@ -201,7 +202,7 @@ def _with_logs(error: TrialError, folder: Path, workers: int) -> TrialError:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    return lines[-1].strip() if lines else "it wrote nothing"
+    return lines[-1].strip() if lines else ""
 
 
 def _ended(rank: subprocess.Popen[bytes]) -> int | None:

@@ -9,6 +9,7 @@ terminal, one JSON line a rank. :func:`steersman.cluster.launch.launch` starts i
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import json
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from steersman.cluster.launch import FUNCTION, write_json
 from steersman.errors import InputError, TrialError
@@ -61,8 +62,9 @@ def load(function: str) -> Callable[..., Any]:
 def main(function: str, arguments: str, folder: str | None = None) -> None:
     """Join the group, run the function, hand over its result."""
     rank = int(os.environ.get("RANK", 0))
+    watcher = threading.Thread(target=_end_with_launcher, daemon=True)
     if os.environ.get("STEERSMAN_RANKS"):
-        threading.Thread(target=_end_with_launcher, daemon=True).start()
+        watcher.start()
     try:
         result = _run(function, json.loads(Path(arguments).read_text()), rank)
         if folder is None:
@@ -78,10 +80,21 @@ def main(function: str, arguments: str, folder: str | None = None) -> None:
             line = first if isinstance(error, (TrialError, InputError)) else f"{name}: {first}"
             record = {"type": name, "message": message, "line": line, "time": time.time()}
             write_json(Path(folder) / f"rank{rank}.error", record)
+        # If this failed because the launcher and the other ranks were killed, what this rank started must end too.
+        if watcher.is_alive():
+            watcher.join(0.2)
         # A failed group may hang in its destructors; the other ranks need the connections closed now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _leave(1)
+    # The interpreter is not torn down: a gloo thread that still holds a finished DDP bucket would want the
+    # lock of an interpreter that is gone, and abort a rank that has done its work.
+    atexit._run_exitfuncs()
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(function: str, arguments: dict[str, Any], rank: int) -> Any:

@@ -45,7 +45,7 @@ class DDIM(Solver[tuple[()]]):
         if not 0.0 <= self.eta <= 1.0:
             raise InputError("eta", self.eta, "a number from 0 to 1")
 
-    def stages(self, t: float, s: float, i: int) -> tuple[float, ...]:
+    def stages(self, t: float, s: float, i: int, n: int) -> tuple[float, ...]:
         return (t,)
 
     def init(self, x: Tensor) -> tuple[()]:
@@ -89,7 +89,7 @@ class RungeKutta(Solver[Slopes]):
     b: ClassVar[tuple[float, ...]] = (1.0,)
     in_time: ClassVar[bool] = False
 
-    def stages(self, t: float, s: float, i: int) -> tuple[float, ...]:
+    def stages(self, t: float, s: float, i: int, n: int) -> tuple[float, ...]:
         if s < self.process.earliest or self.process.alpha_bar(t) == 0.0:
             return (t,)
         return tuple(t + c * (s - t) for c in self.c)

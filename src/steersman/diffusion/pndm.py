@@ -119,7 +119,7 @@ class PNDMSolver(Solver[PNDMState]):
                 "at least 4 for variant='f-pndm' (3 Runge-Kutta steps first)",
             )
 
-    def stages(self, t: float, s: float, i: int) -> tuple[float, ...]:
+    def stages(self, t: float, s: float, i: int, n: int) -> tuple[float, ...]:
         if s < self.process.earliest or self.process.alpha_bar(t) == 0.0:
             return (t,)
         if self.variant == "prk" or i < RUNGE_KUTTA_STEPS[self.variant]:

@@ -12,12 +12,14 @@ keyword-only parameters become the scheduler's own settings, saved and loaded wi
     class MyScheduler(SolverScheduler):
         def make_solver(self, process, *, order: int = 2):
             return MySolver(process, order)
+
+A scheduler over another kind of process subclasses :class:`SlotScheduler`, which knows slots and steps only.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -172,12 +174,19 @@ class PerStep(int):
 
 
 class Slot(NamedTuple):
-    """One network evaluation: stage ``k`` of ``step``, at time ``t``; ``next`` is the next slot's time."""
+    """One network evaluation: stage ``k`` of ``step``, at time ``t``.
+
+    Attributes:
+        next: the next slot's time.
+        timestep: what the network is told.
+        alpha, sigma: of the process at ``t``.
+    """
 
     step: Step
     k: int
     t: float
     next: float
+    timestep: float
     alpha: float
     sigma: float
 
@@ -199,68 +208,63 @@ class SolverOutput(BaseOutput):
         return self._prediction.x0.to(self.prev_sample.dtype)
 
 
-def _settings(
-    self: Any,
-    num_train_timesteps: int = 1000,
-    beta_start: float = 0.0001,
-    beta_end: float = 0.02,
-    beta_schedule: BetaSchedule = "linear",
-    trained_betas: Sequence[float] | np.ndarray | None = None,
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon",
-    timestep_spacing: Spacing = "leading",
-    steps_offset: int = 0,
-    set_alpha_to_one: bool = True,
-    rescale_betas_zero_snr: bool = False,
-    clip_sample: bool = False,
-    clip_sample_range: float = 1.0,
-    thresholding: bool = False,
-    dynamic_thresholding_ratio: float = 0.995,
-    sample_max_value: float = 1.0,
-) -> None:
-    """Only the signature matters: the settings that every :class:`SolverScheduler` has."""
+class SlotScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """A solver's plan behind diffusers' interface, one network evaluation a slot.
 
-
-class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """Any solver as a diffusers scheduler: ``pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)``.
-
-    Works in unmodified pipelines (unconditional, Stable Diffusion, img2img, inpainting, SDXL base and
-    refiner). A run may start at any slot, as img2img's does: a start inside a step goes on with one
-    first-order step per slot until the next step begins, and so does a step whose inner sample was
-    edited by the pipeline or a callback. (``DDIMPipeline``'s constructor turns every scheduler into
-    diffusers' own DDIM; assign ``pipe.scheduler`` after it, or use ``DDPMPipeline``.)
-
-    Args:
-        num_train_timesteps: T, the timesteps that the network was trained on.
-        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: see :func:`alphas_cumprod`.
-        prediction_type: what the network predicts: epsilon, v_prediction or sample (x_0).
-        timestep_spacing, steps_offset: see :func:`spaced`.
-        set_alpha_to_one: end at abar = 1; otherwise at abar_0.
-        clip_sample: clip x_0 to +-``clip_sample_range``; eps is made consistent with it.
-        thresholding: clip x_0 by quantile instead (dynamic thresholding, Saharia et al. 2022), with
-            ``dynamic_thresholding_ratio`` and ``sample_max_value``.
-
-    Raises:
-        InputError: a setting out of range; the sentence names it.
+    A subclass says which settings it shares with its own subclasses (the signature of ``shared``), sets its
+    process up, lays out grids and reads the network's output; a subclass of that gives the solver.
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
     init_noise_sigma = 1.0
+    shared: ClassVar[Callable[..., None]]
+    resolution: ClassVar[float] = 0.5
+    """How far what ``step`` is told may be from the next of ``timesteps``."""
     _solver_settings: ClassVar[set[str]] = set()  # of all subclasses
 
-    def make_solver(self, process: DiscreteVP) -> Solver[Any]:
+    def make_solver(self, process: Any) -> Solver[Any]:
         """The solver over ``process``; a subclass's keyword-only parameters become settings."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Check the shared settings and set the process up."""
+        raise NotImplementedError
+
+    def _make_solver(self) -> Solver[Any]:
+        """The solver with this scheduler's settings."""
+        raise NotImplementedError
+
+    def _grid(self, solver: Solver[Any], steps: int) -> list[float]:
+        """The falling grid of ``steps`` times of the process, and the time where the last step ends."""
+        raise NotImplementedError
+
+    def _own_grid(self, solver: Solver[Any], timesteps: Sequence[float]) -> list[float]:
+        """The same, of times that the user gave."""
+        raise NotImplementedError
+
+    def _timestep(self, t: float) -> float:
+        """What the network is told at time ``t``."""
+        return t
+
+    def _predict(self, output: Tensor, x: Tensor, slot: Slot) -> Prediction:
+        """What the network's ``output`` says at ``x``."""
+        raise NotImplementedError
+
+    def _levels_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at ``timesteps``, to be multiplied with ``like``."""
         raise NotImplementedError
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith(ROOM + "."):
             cls.__module__ = ROOM  # the stable path that saved pipelines record
+        if cls.make_solver is SlotScheduler.make_solver:
+            return  # a kind of scheduler, which has no solver yet
         own = [p for p in inspect.signature(cls.make_solver).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        shared = [*inspect.signature(_settings).parameters.values()]
+        shared = [*inspect.signature(cls.shared).parameters.values()]
         settings = [*shared, *own]
 
-        def __init__(self: SolverScheduler, *args: Any, **kwargs: Any) -> None:
+        def __init__(self: SlotScheduler, *args: Any, **kwargs: Any) -> None:
             for name in kwargs:
                 if name not in known:
                     raise InputError(f"setting of {type(self).__name__}", name, nearest(name, known))
@@ -270,7 +274,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         __init__.__signature__ = inspect.Signature(settings)  # type: ignore[attr-defined]
         __init__.__doc__ = cls.__doc__
         cls._own_settings = tuple(p.name for p in own)  # type: ignore[attr-defined]
-        SolverScheduler._solver_settings.update(p.name for p in own)
+        SlotScheduler._solver_settings.update(p.name for p in own)
         cls.__init__ = register_to_config(__init__)  # type: ignore[method-assign]
 
     @classmethod
@@ -285,48 +289,16 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if not return_unused_kwargs and name not in (*known, "dtype", "torch_dtype"):
                 raise InputError(f"setting of {cls.__name__}", name, nearest(name, known))
         if isinstance(config, dict):
-            foreign = SolverScheduler._solver_settings.difference(known)
+            foreign = SlotScheduler._solver_settings.difference(known)
             config = {name: value for name, value in config.items() if name not in foreign}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _setup(self) -> None:
-        c: Any = self.config
-        self._abar = alphas_cumprod(
-            c.num_train_timesteps,
-            c.beta_start,
-            c.beta_end,
-            c.beta_schedule,
-            c.trained_betas,
-            c.rescale_betas_zero_snr,
-        )
-        if c.prediction_type not in PREDICTION_TYPES:
-            raise InputError("prediction_type", c.prediction_type, f"one of {', '.join(PREDICTION_TYPES)}")
-        if c.timestep_spacing not in SPACINGS:
-            raise InputError("timestep_spacing", c.timestep_spacing, nearest(str(c.timestep_spacing), SPACINGS))
-        if isinstance(c.steps_offset, bool) or not isinstance(c.steps_offset, int) or c.steps_offset < 0:
-            raise InputError("steps_offset", c.steps_offset, "a whole number of at least 0")
-        for name in ("clip_sample_range", "sample_max_value"):
-            if not isinstance(c[name], (int, float)) or not c[name] > 0:
-                raise InputError(name, c[name], "a number above 0")
-        if not 0 < c.dynamic_thresholding_ratio <= 1:
-            raise InputError("dynamic_thresholding_ratio", c.dynamic_thresholding_ratio, "a number above 0, at most 1")
-        self._processes: dict[float, DiscreteVP] = {}
+        self._prepare()
         self._make_solver()  # so that a wrong setting is refused here, not at the first run
-        # What training code and other libraries read; the solver's own table is float64.
-        self.alphas_cumprod = torch.from_numpy(self._abar.astype(np.float32))
-        self.betas = 1.0 - torch.from_numpy((self._abar / np.append(1.0, self._abar[:-1])).astype(np.float32))
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(c.num_train_timesteps - 1, -1, -1)
         self._slots: list[Slot] = []
-        self._levels: dict[tuple[Any, Any], tuple[Tensor, Tensor]] = {}
         self._reset()
-
-    def _make_solver(self) -> Solver[Any]:
-        c: Any = self.config
-        final = 1.0 if c.set_alpha_to_one else float(self._abar[0])
-        if final not in self._processes:
-            self._processes[final] = DiscreteVP(self._abar, final)
-        return self.make_solver(self._processes[final], **{name: c[name] for name in self._own_settings})  # type: ignore[attr-defined]
 
     # -------------------------------------------------------------- the plan
 
@@ -349,45 +321,31 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             InputError: neither or both given, out of range, or a grid that the solver can't run over.
         """
-        c: Any = self.config
         if (num_inference_steps is None) == (timesteps is None):
             raise InputError("num_inference_steps", num_inference_steps, "given, or else timesteps, not both")
-        if timesteps is not None:
-            grid = [float(t) for t in timesteps]
-            last = c.num_train_timesteps - 1
-            falling = all(s < t for t, s in pairwise(grid))
-            if not grid or not falling or not (grid[-1] >= 0 and grid[0] <= last):
-                raise InputError("timesteps", timesteps, f"falling numbers from {last} to 0")
-            grid = with_end(grid)
-        else:
-            assert num_inference_steps is not None
-            grid = spaced(c.timestep_spacing, num_inference_steps, c.num_train_timesteps, c.steps_offset)
         solver = self._make_solver()
         process = solver.process
-        if c.prediction_type == "epsilon" and process.alpha_bar(grid[0]) == 0.0:
-            raise InputError(
-                "prediction_type",
-                c.prediction_type,
-                f"v_prediction or sample: at the first timestep ({grid[0]:g}) abar = 0, and eps says nothing of x_0",
-            )
+        if timesteps is not None:
+            grid = self._own_grid(solver, timesteps)
+        else:
+            assert num_inference_steps is not None
+            grid = self._grid(solver, num_inference_steps)
         steps = plan(solver, grid)
         calls = [(step, k, t) for step in steps for k, t in enumerate(step.stages)]
         following = [*(t for _, _, t in calls[1:]), grid[-1]]
         self._slots = [
-            Slot(step, k, t, after, process.alpha(t), process.sigma(t))
+            Slot(step, k, t, after, self._timestep(t), process.alpha(t), process.sigma(t))
             for (step, k, t), after in zip(calls, following, strict=True)
         ]
         self._solver = solver
-        self._kind = c.prediction_type
-        self._bounded = bool(c.thresholding or c.clip_sample)
         self.num_inference_steps = len(grid) - 1
         # What img2img multiplies its first step by to find the slot: right where all steps (but the step
         # to the clean end) have equally many evaluations. With a longer start no number is right.
         counts = {len(step.stages) for step in steps[:-1]} or {1}
         self.order = PerStep(counts.pop() if len(counts) == 1 else 1)
-        whole = all(slot.t.is_integer() for slot in self._slots)
+        whole = all(slot.timestep.is_integer() for slot in self._slots)
         dtype = torch.int64 if whole else torch.float32
-        self.timesteps = torch.tensor([slot.t for slot in self._slots], dtype=dtype, device=device)
+        self.timesteps = torch.tensor([slot.timestep for slot in self._slots], dtype=dtype, device=device)
         self._reset()
 
     def _reset(self) -> None:
@@ -456,7 +414,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             i = self._step_index = self._begin(timestep)
             self._state = self._solver.init(x)
         slot = self._slots[i]
-        self._check_time(timestep, slot.t)
+        self._check_time(timestep, slot.timestep)
 
         pred = self._predict(model_output.to(dtype), x, slot)
         if slot.k == 0:
@@ -484,20 +442,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         object.__setattr__(output, "_prediction", pred)
         return output
 
-    def _predict(self, output: Tensor, x: Tensor, slot: Slot) -> Prediction:
-        pred = Prediction.read(self._kind, output, x, slot.alpha, slot.sigma)
-        if not self._bounded:
-            return pred
-        c: Any = self.config
-        if c["thresholding"]:
-            flat = pred.x0.flatten(1)
-            limit = torch.quantile(flat.abs(), c["dynamic_thresholding_ratio"], dim=1, keepdim=True)
-            limit = limit.clamp(min=1.0, max=max(1.0, c["sample_max_value"]))
-            x0 = (flat.clamp(-limit, limit) / limit).reshape(x.shape)
-        else:
-            x0 = pred.x0.clamp(-c["clip_sample_range"], c["clip_sample_range"])
-        return Prediction(x, slot.alpha, slot.sigma, x0=x0)
-
     def _begin(self, timestep: float | Tensor) -> int:
         if not self._slots:
             raise InputError("scheduler", type(self).__name__, "given its steps first: call set_timesteps")
@@ -506,7 +450,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # The one wait for the device in a run.
         t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         for i, slot in enumerate(self._slots):
-            if abs(slot.t - t) < 1e-3:
+            if abs(slot.timestep - t) < 1e-3 * self.resolution:
                 return i
         raise InputError("timestep", t, "one of scheduler.timesteps (not an index into them)")
 
@@ -515,7 +459,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if timestep.device.type != "cpu" or timestep.ndim:
                 return  # reading it would wait for the device
             timestep = timestep.item()
-        if abs(timestep - due) > 0.5:
+        if abs(timestep - due) > self.resolution:
             raise InputError("timestep", timestep, f"{due:g}, the next of scheduler.timesteps")
 
     def _edited(self, sample: Tensor) -> bool:
@@ -549,7 +493,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     # -------------------------------------------------------------- the forward process
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The sample itself: every solver here works on x_t as the network was trained on it."""
+        """The network's input at ``sample``: here the sample itself."""
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -561,6 +505,137 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """v = alpha_t noise - sigma_t x_0, the target of v-prediction."""
         alpha, sigma = self._levels_at(timesteps, sample)
         return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+
+def _settings(
+    self: Any,
+    num_train_timesteps: int = 1000,
+    beta_start: float = 0.0001,
+    beta_end: float = 0.02,
+    beta_schedule: BetaSchedule = "linear",
+    trained_betas: Sequence[float] | np.ndarray | None = None,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon",
+    timestep_spacing: Spacing = "leading",
+    steps_offset: int = 0,
+    set_alpha_to_one: bool = True,
+    rescale_betas_zero_snr: bool = False,
+    clip_sample: bool = False,
+    clip_sample_range: float = 1.0,
+    thresholding: bool = False,
+    dynamic_thresholding_ratio: float = 0.995,
+    sample_max_value: float = 1.0,
+) -> None:
+    """Only the signature matters: the settings that every :class:`SolverScheduler` has."""
+
+
+class SolverScheduler(SlotScheduler):
+    """Any solver as a diffusers scheduler: ``pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)``.
+
+    Works in unmodified pipelines (unconditional, Stable Diffusion, img2img, inpainting, SDXL base and
+    refiner). A run may start at any slot, as img2img's does: a start inside a step goes on with one
+    first-order step per slot until the next step begins, and so does a step whose inner sample was
+    edited by the pipeline or a callback. (``DDIMPipeline``'s constructor turns every scheduler into
+    diffusers' own DDIM; assign ``pipe.scheduler`` after it, or use ``DDPMPipeline``.)
+
+    Args:
+        num_train_timesteps: T, the timesteps that the network was trained on.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: see :func:`alphas_cumprod`.
+        prediction_type: what the network predicts: epsilon, v_prediction or sample (x_0).
+        timestep_spacing, steps_offset: see :func:`spaced`.
+        set_alpha_to_one: end at abar = 1; otherwise at abar_0.
+        clip_sample: clip x_0 to +-``clip_sample_range``; eps is made consistent with it.
+        thresholding: dynamic thresholding instead (Saharia et al. 2022): clip x_0 to +-s and divide by s, with
+            s the quantile ``dynamic_thresholding_ratio`` of a sample's entries, and at least 1.
+        sample_max_value: caps s where it is above 1. At 1, diffusers' default, s could only be 1: that would be
+            ``clip_sample``, so there is no cap.
+
+    Raises:
+        InputError: a setting out of range; the sentence names it.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    shared = staticmethod(_settings)
+
+    def make_grid(self, process: DiscreteVP, steps: int) -> list[float]:
+        """The falling grid of ``steps`` times, and the time of the clean end; a subclass may offer others."""
+        c: Any = self.config
+        return spaced(c.timestep_spacing, steps, c.num_train_timesteps, c.steps_offset)
+
+    def _prepare(self) -> None:
+        c: Any = self.config
+        self._abar = alphas_cumprod(
+            c.num_train_timesteps,
+            c.beta_start,
+            c.beta_end,
+            c.beta_schedule,
+            c.trained_betas,
+            c.rescale_betas_zero_snr,
+        )
+        if c.prediction_type not in PREDICTION_TYPES:
+            raise InputError("prediction_type", c.prediction_type, f"one of {', '.join(PREDICTION_TYPES)}")
+        if c.timestep_spacing not in SPACINGS:
+            raise InputError("timestep_spacing", c.timestep_spacing, nearest(str(c.timestep_spacing), SPACINGS))
+        if isinstance(c.steps_offset, bool) or not isinstance(c.steps_offset, int) or c.steps_offset < 0:
+            raise InputError("steps_offset", c.steps_offset, "a whole number of at least 0")
+        for name in ("clip_sample_range", "sample_max_value"):
+            if not isinstance(c[name], (int, float)) or not c[name] > 0:
+                raise InputError(name, c[name], "a number above 0")
+        if not 0 < c.dynamic_thresholding_ratio <= 1:
+            raise InputError("dynamic_thresholding_ratio", c.dynamic_thresholding_ratio, "a number above 0, at most 1")
+        self._processes: dict[float, DiscreteVP] = {}
+        self._kind = c.prediction_type
+        self._bounded = bool(c.thresholding or c.clip_sample)
+        # What training code and other libraries read; the solver's own table is float64.
+        self.alphas_cumprod = torch.from_numpy(self._abar.astype(np.float32))
+        self.betas = 1.0 - torch.from_numpy((self._abar / np.append(1.0, self._abar[:-1])).astype(np.float32))
+        self.timesteps = torch.arange(c.num_train_timesteps - 1, -1, -1)
+        self._levels: dict[tuple[Any, Any], tuple[Tensor, Tensor]] = {}
+
+    def _make_solver(self) -> Solver[Any]:
+        c: Any = self.config
+        final = 1.0 if c.set_alpha_to_one else float(self._abar[0])
+        if final not in self._processes:
+            self._processes[final] = DiscreteVP(self._abar, final)
+        return self.make_solver(self._processes[final], **{name: c[name] for name in self._own_settings})  # type: ignore[attr-defined]
+
+    def _grid(self, solver: Solver[Any], steps: int) -> list[float]:
+        return self._checked(self.make_grid(solver.process, steps))  # type: ignore[arg-type]
+
+    def _own_grid(self, solver: Solver[Any], timesteps: Sequence[float]) -> list[float]:
+        grid = [float(t) for t in timesteps]
+        last = self.config["num_train_timesteps"] - 1
+        falling = all(s < t for t, s in pairwise(grid))
+        if not grid or not falling or not (grid[-1] >= 0 and grid[0] <= last):
+            raise InputError("timesteps", timesteps, f"falling numbers from {last} to 0")
+        return self._checked(with_end(grid))
+
+    def _checked(self, grid: list[float]) -> list[float]:
+        process = next(iter(self._processes.values()))  # all agree where the network is evaluated
+        if self._kind == "epsilon" and process.alpha_bar(grid[0]) == 0.0:
+            raise InputError(
+                "prediction_type",
+                self._kind,
+                f"v_prediction or sample: at the first timestep ({grid[0]:g}) abar = 0, and eps says nothing of x_0",
+            )
+        return grid
+
+    def _predict(self, output: Tensor, x: Tensor, slot: Slot) -> Prediction:
+        pred = Prediction.read(self._kind, output, x, slot.alpha, slot.sigma)
+        if not self._bounded:
+            return pred
+        c: Any = self.config
+        if c["thresholding"]:
+            flat = pred.x0.flatten(1)
+            limit = torch.quantile(flat.abs(), c["dynamic_thresholding_ratio"], dim=1, keepdim=True)
+            cap = c["sample_max_value"]
+            limit = limit.clamp(min=1.0, max=cap if cap > 1.0 else None)
+            x0 = (flat.clamp(-limit, limit) / limit).reshape(x.shape)
+        else:
+            x0 = pred.x0.clamp(-c["clip_sample_range"], c["clip_sample_range"])
+        return Prediction(x, slot.alpha, slot.sigma, x0=x0)
 
     def _levels_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -581,9 +656,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             alpha, sigma = alpha[index], sigma[index]
         shape = (-1, *[1] * (like.ndim - 1))
         return alpha.reshape(shape), sigma.reshape(shape)
-
-    def __len__(self) -> int:
-        return int(self.config["num_train_timesteps"])
 
 
 def _version(x: Tensor) -> int:

@@ -1,10 +1,11 @@
 """The solver protocol: a sampler is written once, against the process's alpha and sigma.
 
-A variance-preserving Gaussian diffusion process has the marginals
+A Gaussian diffusion process has the marginals
 
-    x_t = alpha_t x_0 + sigma_t eps,    eps ~ N(0, I),    alpha_t**2 = abar_t,    sigma_t**2 = 1 - abar_t,
+    x_t = alpha_t x_0 + sigma_t eps,    eps ~ N(0, I),
 
-and a network's output at (x_t, t) is an estimate of x_0 and of eps, each fixing the other. A *solver*
+with alpha_t**2 = abar_t and sigma_t**2 = 1 - abar_t where it preserves variance, and alpha_t = 1 where its
+variance explodes. A network's output at (x_t, t) is an estimate of x_0 and of eps, each fixing the other. A *solver*
 moves x from a time t to an earlier time s. It says where it evaluates the network between the two
 (``stages``) and what it does with each evaluation (``stage``). All that it carries from one evaluation
 to the next is in its *state*: named tuples of batch-first tensors and plain numbers, never changed in
@@ -43,7 +44,9 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 
 class Process(ABC):
-    """A variance-preserving process, as functions of time in float64.
+    """A Gaussian process with marginals alpha_t x_0 + sigma_t eps, as functions of time in float64.
+
+    Variance-preserving unless a subclass says otherwise.
 
     Attributes:
         start: the latest time, where x is drawn from the prior.
@@ -55,7 +58,7 @@ class Process(ABC):
 
     @abstractmethod
     def alpha_bar(self, t: float) -> float:
-        """abar_t, the squared weight of x_0 at time ``t``."""
+        """abar_t, the share of x_0 at time ``t``: alpha_t**2 / (alpha_t**2 + sigma_t**2)."""
 
     @abstractmethod
     def slope(self, t: float) -> tuple[float, float]:
@@ -66,6 +69,33 @@ class Process(ABC):
 
     def sigma(self, t: float) -> float:
         return math.sqrt(1.0 - self.alpha_bar(t))
+
+    def log_snr(self, t: float) -> float:
+        """lambda_t = log(alpha_t / sigma_t), half the logarithm of the signal-to-noise ratio; it falls with ``t``."""
+        abar = self.alpha_bar(t)
+        if abar in (0.0, 1.0):
+            return math.inf if abar else -math.inf
+        return 0.5 * (math.log(abar) - math.log1p(-abar))
+
+    def time_at(self, log_snr: float) -> float:
+        """The time of a given lambda, from ``earliest`` to ``start``: the inverse of :meth:`log_snr`.
+
+        Raises:
+            InputError: the process doesn't reach it in between.
+        """
+        low, high = self.log_snr(self.start), self.log_snr(self.earliest)
+        slack = 1e-9 * max(1.0, abs(high))
+        if not low - slack <= log_snr <= high + slack:
+            raise InputError("log_snr", log_snr, f"from {low:g} to {high:g}, as this process has")
+        if log_snr >= high or log_snr <= low:
+            return self.earliest if log_snr >= high else self.start
+        from scipy.optimize import brentq
+
+        # By the angle of (alpha, sigma), which is finite at both ends, where lambda may not be.
+        angle = math.atan(math.exp(-log_snr))
+        return float(
+            brentq(lambda t: math.atan2(self.sigma(t), self.alpha(t)) - angle, self.earliest, self.start, xtol=1e-12)
+        )
 
     def transfer(self, t: float, s: float) -> tuple[float, float]:
         """The exact transfer for a constant eps, phi(x, eps, t, s) = a x - b eps, as (a, b).
@@ -170,10 +200,74 @@ class LinearVP(Process):
     def sigma(self, t: float) -> float:
         return math.sqrt(-math.expm1(self._log_alpha_bar(t)))
 
+    def log_snr(self, t: float) -> float:
+        log_abar = self._log_alpha_bar(t)
+        return 0.5 * (log_abar - math.log(-math.expm1(log_abar))) if t > 0 else math.inf
+
     def slope(self, t: float) -> tuple[float, float]:
         rate = -0.5 * (self.beta_min + (self.beta_max - self.beta_min) * t)  # d log alpha / dt
         alpha = self.alpha(t)
         return rate * alpha, -rate * alpha * alpha / self.sigma(t)
+
+
+@dataclass(frozen=True)
+class VE(Process):
+    """The variance-exploding process in its own noise level: alpha = 1 and sigma_t = t (Karras et al. 2022).
+
+    Args:
+        sigma_max: where x is drawn from the prior, N(0, sigma_max**2 I).
+        sigma_min: the smallest noise level at which the network may be evaluated.
+
+    Raises:
+        InputError: not 0 < sigma_min < sigma_max < infinity.
+    """
+
+    sigma_max: float = 80.0
+    sigma_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_max < math.inf:
+            raise InputError("sigma_max", self.sigma_max, "a number above 0")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise InputError("sigma_min", self.sigma_min, f"a number above 0, below sigma_max={self.sigma_max:g}")
+
+    @property
+    def start(self) -> float:  # type: ignore[override]
+        return self.sigma_max
+
+    @property
+    def earliest(self) -> float:  # type: ignore[override]
+        return self.sigma_min
+
+    def alpha_bar(self, t: float) -> float:
+        return 1.0 / (1.0 + t * t)
+
+    def alpha(self, t: float) -> float:
+        return 1.0
+
+    def sigma(self, t: float) -> float:
+        return t
+
+    def log_snr(self, t: float) -> float:
+        return -math.log(t) if t > 0 else math.inf
+
+    def time_at(self, log_snr: float) -> float:
+        return math.exp(-log_snr)
+
+    def slope(self, t: float) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def transfer(self, t: float, s: float) -> tuple[float, float]:
+        return 1.0, t - s
+
+    def prior(
+        self,
+        shape: Sequence[int],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        return self.sigma_max * super().prior(shape, generator, device, dtype)
 
 
 # ------------------------------------------------------------------ predictions
@@ -277,9 +371,10 @@ def denoiser(process: Process, network: Callable[[Tensor, float], Tensor], kind:
 
 
 class Step(NamedTuple):
-    """Step ``i`` of a plan: from time ``t`` to ``s``, with network evaluations at ``stages``."""
+    """Step ``i`` of the ``n`` of a plan: from time ``t`` to ``s``, with network evaluations at ``stages``."""
 
     i: int
+    n: int
     t: float
     s: float
     stages: tuple[float, ...]
@@ -295,8 +390,8 @@ class Solver(ABC, Generic[State]):
     process: Process
 
     @abstractmethod
-    def stages(self, t: float, s: float, i: int) -> tuple[float, ...]:
-        """Where step ``i``, from ``t`` to ``s``, evaluates the network; the first is ``t``."""
+    def stages(self, t: float, s: float, i: int, n: int) -> tuple[float, ...]:
+        """Where step ``i`` of ``n``, from ``t`` to ``s``, evaluates the network; the first is ``t``."""
 
     @abstractmethod
     def init(self, x: Tensor) -> State:
@@ -320,25 +415,6 @@ class Solver(ABC, Generic[State]):
         """
 
 
-def plan(solver: Solver[Any], times: Sequence[float]) -> list[Step]:
-    """The steps of ``solver`` over the falling grid ``times``.
-
-    Raises:
-        InputError: fewer than two times, not falling, not finite, later than the process's start; or the
-            solver refuses the grid.
-    """
-    grid = [float(t) for t in times]
-    falling = all(s < t for t, s in pairwise(grid))
-    if len(grid) < 2 or not falling or not all(map(math.isfinite, grid)):
-        raise InputError("times", times, "at least two finite numbers, each less than the one before")
-    if grid[0] > solver.process.start:
-        raise InputError("times", times, f"at most {solver.process.start:g}, where the process starts")
-    if grid[-2] < solver.process.earliest:
-        raise InputError("times", times, f"at least {solver.process.earliest:g} wherever the network is evaluated")
-    solver.check(grid)
-    return [Step(i, t, s, solver.stages(t, s, i)) for i, (t, s) in enumerate(pairwise(grid))]
-
-
 class Integral(NamedTuple):
     """Where the integration ended, and how many network calls it took."""
 
@@ -346,8 +422,51 @@ class Integral(NamedTuple):
     calls: int
 
 
+class AdaptiveSolver(ABC):
+    """A solver that chooses its steps as it goes; :func:`integrate` runs it, a timetable can't.
+
+    Attributes:
+        process: whose alpha and sigma the coefficients come from.
+    """
+
+    process: Process
+
+    @abstractmethod
+    def integrate(self, denoiser: Denoiser, x: Tensor, t: float, s: float, noise: Noise) -> Integral:
+        """From ``x`` at time ``t`` to time ``s``."""
+
+
+def plan(solver: Solver[Any], times: Sequence[float]) -> list[Step]:
+    """The steps of ``solver`` over the falling grid ``times``.
+
+    Raises:
+        InputError: fewer than two times, not falling, not finite, later than the process's start; or the
+            solver refuses the grid.
+    """
+    grid = falling(solver.process, times)
+    if grid[-2] < solver.process.earliest:
+        raise InputError("times", times, f"at least {solver.process.earliest:g} wherever the network is evaluated")
+    solver.check(grid)
+    n = len(grid) - 1
+    return [Step(i, n, t, s, solver.stages(t, s, i, n)) for i, (t, s) in enumerate(pairwise(grid))]
+
+
+def falling(process: Process, times: Sequence[float]) -> list[float]:
+    """``times`` as a grid over ``process``.
+
+    Raises:
+        InputError: fewer than two times, not falling, not finite, or later than the process's start.
+    """
+    grid = [float(t) for t in times]
+    if len(grid) < 2 or not all(s < t for t, s in pairwise(grid)) or not all(map(math.isfinite, grid)):
+        raise InputError("times", times, "at least two finite numbers, each less than the one before")
+    if grid[0] > process.start:
+        raise InputError("times", times, f"at most {process.start:g}, where the process starts")
+    return grid
+
+
 def integrate(
-    solver: Solver[Any],
+    solver: Solver[Any] | AdaptiveSolver,
     denoiser: Denoiser,
     x: Tensor,
     times: Sequence[float],
@@ -359,18 +478,21 @@ def integrate(
         solver: any solver.
         denoiser: ``denoiser(x, t)`` gives a :class:`Prediction` (see :func:`denoiser`).
         x: batch-first start point.
-        times: falling grid of times.
+        times: falling grid of times; an adaptive solver goes by its ends.
         generator: for stochastic solvers; a list holds one generator per sample.
 
     Raises:
         InputError: a grid that :func:`plan` refuses.
     """
-    steps = plan(solver, times)
-    state = solver.init(x)
 
     def noise(like: Tensor) -> Tensor:
         return gaussian(like, generator)
 
+    if isinstance(solver, AdaptiveSolver):
+        grid = falling(solver.process, times)
+        return solver.integrate(denoiser, x, grid[0], grid[-1], noise)
+    steps = plan(solver, times)
+    state = solver.init(x)
     calls = 0
     for step in steps:
         for k, t in enumerate(step.stages):
@@ -387,6 +509,8 @@ def first_order(process: Process, x: Tensor, pred: Prediction, t: float, s: floa
     abar = process.alpha_bar(t)
     if abar == process.alpha_bar(s):
         return x
+    if process.sigma(s) == 0.0:
+        return pred.x0 * process.alpha(s)
     if abar == 0.0:
         return torch.add(pred.x0 * process.alpha(s), pred.eps, alpha=process.sigma(s))
     return transfer(process, x, pred.eps, t, s)

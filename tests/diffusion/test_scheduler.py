@@ -197,6 +197,17 @@ def test_thresholding_scales_by_the_quantile():
     torch.testing.assert_close(output.pred_original_sample, raw.clamp(-limit, limit) / limit)
 
 
+@pytest.mark.parametrize("cap", [1.0, 0.5])
+def test_thresholding_has_no_cap_at_diffusers_default(cap):
+    # With a cap of 1 the limit could only be 1, which is what clip_sample is for.
+    scheduler = PNDMScheduler(thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=cap)
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(5)
+    x = noise(4, 9)
+    x0 = scheduler.step(torch.zeros_like(x), scheduler.timesteps[-1], 4 * x).pred_original_sample
+    torch.testing.assert_close(x0, x / x.abs().amax(dim=1, keepdim=True))
+
+
 @every_scheduler
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_zero_terminal_snr(name, kind):

@@ -16,7 +16,10 @@ from steersman.diffusion.classical import DDIM, RK4, Euler, Heun
 from steersman.diffusion.pndm import VARIANTS, PNDMSolver
 from steersman.diffusion.scheduler import alphas_cumprod
 from steersman.diffusion.solver import (
+    VE,
+    AdaptiveSolver,
     DiscreteVP,
+    Integral,
     LinearVP,
     Prediction,
     denoiser,
@@ -219,6 +222,70 @@ def test_a_final_level_off_the_schedule_is_refused(final):
 def test_a_grid_that_cannot_be_run_is_refused(times):
     with pytest.raises(InputError, match="times"):
         plan(DDIM(DISCRETE), times)
+
+
+@pytest.mark.parametrize("process", [DISCRETE, CONTINUOUS, VE(80.0, 0.002)], ids=["discrete", "linear", "ve"])
+def test_log_snr_and_its_inverse(process):
+    times = np.linspace(process.earliest, process.start, 13)[1:]
+    log_snr = [process.log_snr(t) for t in times]
+    assert all(b < a for a, b in pairwise(log_snr))
+    for t, value in zip(times, log_snr, strict=True):
+        assert value == pytest.approx(math.log(process.alpha(t) / process.sigma(t)), abs=1e-9)
+        assert process.time_at(value) == pytest.approx(t, rel=1e-8)
+
+
+def test_log_snr_at_the_ends():
+    rescaled = DiscreteVP(alphas_cumprod(rescale_betas_zero_snr=True))
+    assert rescaled.log_snr(999) == -math.inf and rescaled.log_snr(-1) == math.inf
+    assert VE().log_snr(0.0) == math.inf
+    assert rescaled.time_at(rescaled.log_snr(0)) == 0 and 998 < rescaled.time_at(-12.0) < 999
+    with pytest.raises(InputError, match="log_snr=9"):
+        DISCRETE.time_at(9.0)
+
+
+def test_heun_over_ve_is_karras_sampler():
+    # Algorithm 1 of Karras et al. (2022) without churn, on data N(m, 0.25 I), whose denoiser is exact.
+    sigmas = [80.0, 20.0, 5.0, 1.0, 0.2, 0.01, 0.0]
+    process, mean = VE(80.0, 0.002), torch.tensor([0.3, -0.2], dtype=torch.float64)
+
+    def d(x, sigma):
+        return (0.25 * x + sigma**2 * mean) / (0.25 + sigma**2)
+
+    start = process.prior((5, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = start
+    for t, s in pairwise(sigmas):
+        slope = (x - d(x, t)) / t
+        y = x + (s - t) * slope
+        x = y if s == 0 else x + (s - t) * (slope + (y - d(y, s)) / s) / 2
+    found = integrate(Heun(process), denoiser(process, d, "sample"), start, sigmas)
+    torch.testing.assert_close(found.x, x, rtol=1e-12, atol=1e-12)
+    assert found.calls == 11
+    assert start.std() == pytest.approx(80, rel=0.5)
+
+
+def test_an_adaptive_solver_goes_by_the_ends_of_the_grid():
+    class Halves(AdaptiveSolver):
+        process = CONTINUOUS
+
+        def integrate(self, denoiser, x, t, s, noise):
+            m = (t + s) / 2
+            x = first_order(self.process, x, denoiser(x, t), t, m)
+            return Integral(first_order(self.process, x, denoiser(x, m), m, s), 2)
+
+    x = torch.ones(3, 2, dtype=torch.float64)
+    d = denoiser(CONTINUOUS, network)
+    expected = integrate(DDIM(CONTINUOUS), d, x, [1.0, 0.55, 0.1])
+    found = integrate(Halves(), d, x, [1.0, 0.9, 0.1])
+    torch.testing.assert_close(found.x, expected.x)
+    assert found.calls == 2
+    with pytest.raises(InputError, match="times"):
+        integrate(Halves(), d, x, [0.1, 1.0])
+
+
+@pytest.mark.parametrize("bounds", [(1.0, 2.0), (0.0, 0.0), (float("inf"), 0.1), (1.0, 0.0)])
+def test_ve_refuses(bounds):
+    with pytest.raises(InputError, match="sigma_m"):
+        VE(*bounds)
 
 
 def test_other_refusals():

@@ -340,8 +340,10 @@ class SlotScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._solver = solver
         self.num_inference_steps = len(grid) - 1
         # What img2img multiplies its first step by to find the slot: right where all steps (but the step
-        # to the clean end) have equally many evaluations. With a longer start no number is right.
-        counts = {len(step.stages) for step in steps[:-1]} or {1}
+        # to the clean end) have equally many evaluations. With a longer start no number is right. Where steps
+        # span several intervals of the grid, each interval is one evaluation.
+        each = len(steps) == self.num_inference_steps
+        counts = {len(step.stages) if each else 1 for step in steps[:-1]} or {1}
         self.order = PerStep(counts.pop() if len(counts) == 1 else 1)
         whole = all(slot.timestep.is_integer() for slot in self._slots)
         dtype = torch.int64 if whole else torch.float32

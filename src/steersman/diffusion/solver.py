@@ -407,12 +407,22 @@ class Solver(ABC, Generic[State]):
         ``step.s``. At stage 0 ``x`` is the step's start (whoever drives the solver may have changed it).
         """
 
+    def steps(self, times: Sequence[float]) -> list[Step]:
+        """The steps over the falling grid ``times``: one an interval, unless a solver's step spans several."""
+        n = len(times) - 1
+        return [Step(i, n, t, s, self.stages(t, s, i, n)) for i, (t, s) in enumerate(pairwise(times))]
+
     def check(self, times: Sequence[float]) -> None:
         """Refuse a whole plan.
 
         Raises:
             InputError: the solver can't run over ``times``.
         """
+
+    def steps(self, times: Sequence[float]) -> list[Step]:
+        """The steps over the falling grid ``times``: one per interval, unless a solver's step spans several."""
+        n = len(times) - 1
+        return [Step(i, n, t, s, self.stages(t, s, i, n)) for i, (t, s) in enumerate(pairwise(times))]
 
 
 class Integral(NamedTuple):
@@ -447,8 +457,7 @@ def plan(solver: Solver[Any], times: Sequence[float]) -> list[Step]:
     if grid[-2] < solver.process.earliest:
         raise InputError("times", times, f"at least {solver.process.earliest:g} wherever the network is evaluated")
     solver.check(grid)
-    n = len(grid) - 1
-    return [Step(i, n, t, s, solver.stages(t, s, i, n)) for i, (t, s) in enumerate(pairwise(grid))]
+    return solver.steps(grid)
 
 
 def falling(process: Process, times: Sequence[float]) -> list[float]:

@@ -249,7 +249,6 @@ def compare_once(bench: Sampling, subject, name: str) -> dict[str, float]:
         (["DPMSolverMultistepScheduler:algorithm_type=x"], "gaussians", {}, "settings that DPMSolver"),
         (["ddim"], "gaussians", {"calls": [0]}, "calls"),
         (["ddim"], "gaussians", {"calls": [1001]}, "calls"),
-        (["ddim"], "gaussians", {"guidance": 2.0}, "guidance"),
         (["ddim"], "gaussians", {"data": "real.npz"}, "data"),
         (["ddim"], "gaussians", {"prompts": "prompts.txt"}, "prompts"),
         (["ddim"], "gaussians:square", {}, "subject"),
@@ -275,3 +274,31 @@ def test_prompts_that_cannot_be_read(world):
             _prompts(path)
     with pytest.raises(InputError, match="prompts"):
         run(["ddim"], "mine.py:stable_diffusion")
+
+
+def test_guided_points_are_judged_by_their_trajectory(world):
+    run = compare(
+        "sampling",
+        "gaussians",
+        ["ddim", "heun", "real"],
+        {"calls": 20, "samples": 40, "guidance": 3.0},
+        [0],
+        world / "run",
+    )
+    ddim, heun, real = run.rows
+    assert real.status == "inapplicable" and "guided" in str(real.error)
+    assert set(ddim.figures) == {"trajectory_error", "calls_used", "seconds_per_sample"}
+    assert 0 < heun.figures["trajectory_error"] < ddim.figures["trajectory_error"]
+
+
+def test_a_sampler_for_another_kind_of_noise_is_inapplicable(world):
+    run = compare(
+        "sampling",
+        "gaussians",
+        ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"],
+        {"calls": 5, "samples": 4},
+        [0],
+        world / "run",
+    )
+    for row in run.rows:
+        assert row.status == "inapplicable" and "another kind of noise" in str(row.error)

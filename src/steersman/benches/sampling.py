@@ -4,7 +4,8 @@ All contenders start from the same noise and labels (or prompts), with the setti
 scheduler (its spacing of timesteps too); each takes the most steps that fit into the calls. What is
 measured depends on the subject:
 
-- ``gaussians`` (points in the plane): sliced and exact Wasserstein distance to exact samples, mode weights;
+- ``gaussians`` (points in the plane): sliced and exact Wasserstein distance to exact samples, mode weights
+  (with guidance towards a mode, whose law nobody knows, only the distance of the last line);
 - pixel-space pipelines with real images (``digits`` brings its own): Frechet and kernel distance in the
   features of a judge, precision and recall, and the share of samples that are of their class;
 - any model, without data: how far each sample ends from where the model's own probability flow takes the
@@ -13,6 +14,8 @@ measured depends on the subject:
 
 from __future__ import annotations
 
+import inspect
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,8 +198,9 @@ class Sampling:
         if unet is None or not isinstance(scheduler, SchedulerMixin):
             raise InputError("subject", spec, "a diffusers pipeline with a unet and a scheduler")
         if isinstance(unet, diffusers.UNet2DModel):
-            null = pipe.config.get("null_label")
-            return _quiet(Subject(spec, ClassConditionalPipeline(pipe.unet, scheduler, null), "pixels"))
+            if not isinstance(pipe, ClassConditionalPipeline):
+                pipe = ClassConditionalPipeline(pipe.unet, scheduler, pipe.config.get("null_label"))
+            return _quiet(Subject(spec, pipe, "pixels"))
         if getattr(pipe, "vae", None) is None or getattr(pipe, "tokenizer", None) is None:
             raise InputError("subject", spec, "an unconditional, class-conditional or text-to-image pipeline")
         return _quiet(Subject(spec, pipe, "text"))
@@ -209,7 +213,7 @@ class Sampling:
         elif s.kind == "text":
             raise InputError("prompts", None, "a text file, one prompt a line, for this text-to-image pipeline")
         guidable = s.kind == "text" or (s.classes and s.pipe.config.get("null_label") is not None)
-        if (setting["guidance"] or 1) > 1 and (s.kind == "points" or not guidable):
+        if (setting["guidance"] or 1) > 1 and not guidable:
             raise InputError("guidance", setting["guidance"], f"1 or left out: {s.spec} takes no guidance")
         data = self._data(s, setting)
         if data is not None and s.spec == "digits" and setting["samples"] > len(data.images):
@@ -252,9 +256,7 @@ class Sampling:
         if (Path(part.id) / "artefact.json").is_file():
             if h.pipe is not h.subject.pipe or len(h.parts) > 1:
                 raise InputError("methods", h.label, "an artefact first, and only one")
-            if part.knobs:
-                raise InputError("methods", h.label, "an artefact folder without knobs")
-            h.pipe = self.subject(part.id).pipe
+            h.pipe = self._artefact(h.subject, part)
             return
         build = self.parts()[part.id].build if part.id in self.parts() else _of_diffusers(part.id)
         if build is None:
@@ -273,6 +275,16 @@ class Sampling:
         if h.real and len(h.parts) > 1:
             raise InputError("methods", h.label, "the part real alone")
 
+    def _artefact(self, s: Subject, part: Part) -> Any:
+        """The pipeline that an artefact folder is, or that it makes of the subject's."""
+        method = catalog.card(json.loads((Path(part.id) / "artefact.json").read_text())["method"]).load()
+        if hasattr(method, "mount"):
+            skipped = [*inspect.signature(method.mount).parameters][:2]
+            return method.mount(s.pipe, Path(part.id), **checked_knobs(method.mount, part, skip=skipped))
+        if part.knobs:
+            raise InputError("methods", str(part), "an artefact folder without knobs")
+        return self.subject(part.id).pipe
+
     # ---------------------------------------------------------------- trial
 
     def trial(self, h: Host, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
@@ -280,9 +292,12 @@ class Sampling:
         labels = _labels(s, data, setting, rng)
         figures: dict[str, float] = {}
         if h.real:
-            samples = _stand_ins(s, data, n, rng)
+            samples = _stand_ins(s, data, setting, rng)
         else:
-            scheduler = h.scheduler or type(s.pipe.scheduler).from_config(s.pipe.scheduler.config)
+            scheduler = h.scheduler or type(h.pipe.scheduler).from_config(h.pipe.scheduler.config)
+            if _noise_kind(scheduler) != _noise_kind(h.pipe.scheduler):
+                theirs, ours = type(h.pipe.scheduler).__name__, type(scheduler).__name__
+                raise Inapplicable(f"{ours} is for another kind of noise than the pipeline's {theirs}")
             steps = _steps(scheduler, setting["calls"])
             started = time.perf_counter()
             samples = _sample(h, scheduler, steps, labels, rng, log)
@@ -294,10 +309,11 @@ class Sampling:
                 fine = _fine_trajectory(h, float(scheduler.timesteps[0]), labels, rng, log)
                 figures["trajectory_error"] = image_metrics.endpoint_error(samples[: len(fine)], fine)
         if s.law is not None:
-            exact, _ = s.law.sample(n, rng.torch("exact"), torch.float64)
-            figures |= point_metrics.point_metrics(s.law, samples.flatten(1), exact)
             log.arrays("points", points=samples.flatten(1).numpy())
-            return figures
+            if labels is not None:
+                return figures
+            exact, _ = s.law.sample(n, rng.torch("exact"), torch.float64)
+            return figures | point_metrics.point_metrics(s.law, samples.flatten(1), exact)
         images = samples if h.real else _decode(s, samples if data is not None else samples[:SHOWN])
         log.images("samples", ((images[:SHOWN] + 1) / 2).permute(0, 2, 3, 1).numpy())
         if data is not None:
@@ -382,6 +398,13 @@ def _scheduler(kind: Any, part: Part, h: Host) -> Any:
         raise InputError("methods", str(part), f"settings that {kind.__name__} takes ({reason})") from error
 
 
+def _noise_kind(scheduler: Any) -> str:
+    """How noise is parametrised: a network trained with one kind is nonsense under another's scheduler."""
+    if "sigma_data" in scheduler.config:
+        return "edm"
+    return "flow" if type(scheduler).__name__.startswith("FlowMatch") else "diffusion"
+
+
 def _steps(scheduler: Any, calls: int) -> int:
     """The most steps of a sampler that fit into a number of network calls.
 
@@ -408,7 +431,7 @@ def _labels(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> An
     if s.kind == "text":
         prompts = _prompts(setting["prompts"])
         return [prompts[i % len(prompts)] for i in range(n)]
-    if s.kind == "points" or s.classes is None:
+    if s.classes is None or (s.kind == "points" and (setting["guidance"] or 1) <= 1):
         return None
     if data is not None and data.labels is not None:
         if s.spec == "digits":
@@ -467,8 +490,11 @@ def _data(s: Subject, source: str | None, judge: str | None) -> Data | None:
     return Data(images, labels, features, image_metrics.features(features, images), classify, stand_ins)
 
 
-def _stand_ins(s: Subject, data: Data | None, n: int, rng: Streams) -> Tensor:
+def _stand_ins(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Tensor:
+    n = setting["samples"]
     if s.law is not None:
+        if (setting["guidance"] or 1) > 1:
+            raise Inapplicable("nobody knows the law of guided samples")
         return s.law.sample(n, rng.torch("real"), torch.float64)[0][:, :, None, None]
     if data is None:
         raise Inapplicable("there are no real images (give data)")
@@ -583,9 +609,14 @@ def _fine_trajectory(h: Host, start: float, labels: Any, rng: Streams, log: Tria
     key = (rng.base, start, count, setting["guidance"], setting["prompts"], id(h.pipe.unet))
     if key not in s.traces:
         log.progress(0, 1, "fine trajectory")
-        last = h.pipe.scheduler.config.num_train_timesteps - 1
-        times = np.unique(np.linspace(0, min(start, last), FINE_STEPS).round())[::-1].tolist()
-        scheduler = HeunScheduler.from_config(h.pipe.scheduler.config)
+        own = h.pipe.scheduler
+        plan: dict[str, Any]
+        if _noise_kind(own) == "diffusion":
+            last = own.config.num_train_timesteps - 1
+            plan = {"timesteps": np.unique(np.linspace(0, min(start, last), FINE_STEPS).round())[::-1].tolist()}
+            scheduler = HeunScheduler.from_config(own.config)
+        else:
+            plan, scheduler = {"num_inference_steps": FINE_STEPS}, type(own).from_config(own.config)
         noise = _noise(s, setting["samples"], rng)[:count]
         batch = setting["batch"] or (4 if s.kind == "text" else 250)
         parts = []
@@ -593,7 +624,7 @@ def _fine_trajectory(h: Host, start: float, labels: Any, rng: Streams, log: Tria
             for begin in range(0, count, batch):
                 part = slice(begin, min(begin + batch, count))
                 wanted = None if labels is None else labels[part]
-                parts.append(_run(h.pipe, s, noise[part], wanted, setting, None, timesteps=times))
+                parts.append(_run(h.pipe, s, noise[part], wanted, setting, rng.torch("sampler", begin), **plan))
         s.traces[key] = torch.cat(parts)
     fine = s.traces[key]
     return fine.clamp(-1, 1) if s.kind == "pixels" else fine

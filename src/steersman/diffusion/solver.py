@@ -419,11 +419,6 @@ class Solver(ABC, Generic[State]):
             InputError: the solver can't run over ``times``.
         """
 
-    def steps(self, times: Sequence[float]) -> list[Step]:
-        """The steps over the falling grid ``times``: one per interval, unless a solver's step spans several."""
-        n = len(times) - 1
-        return [Step(i, n, t, s, self.stages(t, s, i, n)) for i, (t, s) in enumerate(pairwise(times))]
-
 
 class Integral(NamedTuple):
     """Where the integration ended, and how many network calls it took."""

@@ -20,10 +20,45 @@ RESULTS = ROOT / "evidence" / "results"
 START, END = "<!-- methods -->", "<!-- /methods -->"
 
 
-def methods_table(link: str) -> str:
-    """The table of methods; ``link`` is a pattern with ``{id}``."""
+FOUNDATIONS = {
+    "diffusion": {
+        "steersman.diffusion.solver": [
+            "Process",
+            "Prediction",
+            "Step",
+            "Solver",
+            "AdaptiveSolver",
+            "integrate",
+            "denoiser",
+            "take",
+            "DiscreteVP",
+            "LinearVP",
+            "VE",
+        ],
+        "steersman.diffusion.scheduler": ["SolverScheduler", "SlotScheduler"],
+        "steersman.diffusion.classical": [
+            "DDIMScheduler",
+            "EulerScheduler",
+            "HeunScheduler",
+            "RK4Scheduler",
+            "DDIM",
+            "Euler",
+            "Heun",
+            "RK4",
+        ],
+        "steersman.diffusion.pipelines": ["ClassConditionalPipeline"],
+    },
+    "language": {"steersman.language.contrastive_search": ["ContrastiveSearch"]},
+}
+"""What a room offers beside its methods."""
+
+
+def methods_table(link: str, room: str | None = None) -> str:
+    """The table of methods (of one room); ``link`` is a pattern with ``{id}``."""
     lines = ["| method | what it does | works with | paper |", "|---|---|---|---|"]
     for card in catalog.cards().values():
+        if room not in (None, card.room):
+            continue
         paper = card.paper
         lines.append(
             f"| [`{card.id}`]({link.format(id=card.id)}) | {card.summary} | {card.host} "
@@ -70,8 +105,37 @@ def method_page(card: Card) -> str:
 
 
 def index_page() -> str:
-    """The page that lists all methods."""
-    return f"# Methods\n\n{methods_table('{id}.md')}\n"
+    """The page that lists all methods, room by room."""
+    parts = [
+        "# Methods",
+        "Every method has the same page: when to use it, what it costs, its knobs, what its claims came to.",
+    ]
+    for room in rooms():
+        parts += [f"## {room.capitalize()}", methods_table("{id}.md", room)]
+    return "\n\n".join(parts) + "\n"
+
+
+def rooms() -> list[str]:
+    """The rooms that have methods."""
+    return sorted({card.room for card in catalog.cards().values()})
+
+
+def api_page(room: str) -> str:
+    """A room's interface: what its methods export, and what they stand on."""
+    objects: dict[str, list[str]] = {}
+    for card in catalog.cards().values():
+        if card.room == room:
+            for path in (card.object, *card.exports):
+                module, _, name = path.partition(":")
+                objects.setdefault(module, []).append(name)
+    parts = [f"# steersman.{room}"]
+    for module, names in objects.items():
+        parts.append(f"## {module.rpartition('.')[2]}")
+        parts += [f"::: {module}.{name}\n    options:\n      heading_level: 3" for name in names]
+    for module, names in FOUNDATIONS.get(room, {}).items():
+        parts.append(f"## {module.rpartition('.')[2]}")
+        parts += [f"::: {module}.{name}\n    options:\n      heading_level: 3" for name in names]
+    return "\n\n".join(parts) + "\n"
 
 
 # ------------------------------------------------------------------ mkdocs
@@ -83,6 +147,8 @@ def on_config(config: Any) -> Any:
         if "Methods" in entry:
             pages = [{card.id: f"methods/{card.id}.md"} for card in catalog.cards().values()]
             entry["Methods"] = ["methods/index.md", *pages]
+        if "API" in entry:
+            entry["API"] = [*entry["API"], *({f"steersman.{room}": f"api/{room}.md"} for room in rooms())]
     return config
 
 
@@ -91,6 +157,8 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, "methods/index.md", content=index_page()))
+    for room in rooms():
+        files.append(File.generated(config, f"api/{room}.md", content=api_page(room)))
     for card in catalog.cards().values():
         files.append(File.generated(config, f"methods/{card.id}.md", content=method_page(card)))
         record = record_of(card)

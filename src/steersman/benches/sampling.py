@@ -6,8 +6,8 @@ measured depends on the subject:
 
 - ``gaussians`` (points in the plane): sliced and exact Wasserstein distance to exact samples, mode weights
   (with guidance towards a mode, whose law nobody knows, only the distance of the last line);
-- pixel-space pipelines with real images (``digits`` brings its own): Frechet and kernel distance in the
-  features of a judge, precision and recall, and the share of samples that are of their class;
+- pipelines with real images (``digits`` and ``scenes`` bring their own): Frechet and kernel distance in the
+  features of a judge, precision and recall, and the share of samples that show what was asked for;
 - any model, without data: how far each sample ends from where the model's own probability flow takes the
   same noise, from the sampler's first timestep down by all training times (:math:`\sqrt{\mathrm{mean}\,(x - x^*)^2}`).
 """
@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,19 +59,21 @@ class Data:
 
     Args:
         images: real, in [-1, 1], (N, C, H, W).
-        labels: of the images, or None.
+        labels: of the images (labels, or captions), or None.
         judge: images in [-1, 1] -> features of the figures.
         features: of the real images.
-        classify: images -> logits, where there is a classifier.
-        stand_ins: further real images, for the part ``real``.
+        score: images, and what was asked for -> shares of the images that show it.
+        stand_ins: what was asked for -> other real images of it, for the part ``real``.
+        matched: samples are asked for what the first of the images show, and compared with those.
     """
 
     images: Tensor
-    labels: Tensor | None
+    labels: Any
     judge: Callable[[Tensor], Tensor]
     features: Tensor
-    classify: Callable[[Tensor], Tensor] | None = None
-    stand_ins: Tensor | None = None
+    score: Callable[[Tensor, Any], dict[str, float]] | None = None
+    stand_ins: Callable[[Any, torch.Generator], Tensor] | None = None
+    matched: bool = False
 
 
 @dataclass
@@ -145,20 +147,25 @@ class Sampling:
             choices=("own", "leading", "trailing", "linspace"),
             sweep=False,
         ),
-        "prompts": Knob(str, None, "a text file, one prompt a line, for text-to-image pipelines", sweep=False),
+        "prompts": Knob(
+            str, None, "a text file, one prompt a line, for text-to-image pipelines (scenes has its own)", sweep=False
+        ),
         "data": Knob(str, None, "real images for a pipeline of yours: a folder, .npz or .npy", sweep=False),
         "judge": Knob(str, None, "file.py:name, images in [0, 1] to features (n, d) for the figures", sweep=False),
         "trajectory": Knob(
             bool, None, "compare with the fine trajectory (default: for points and where there is no data)", sweep=False
         ),
-        "batch": Knob(int, None, "samples of one network call (default: 250, text-to-image: 4)", low=1, sweep=False),
+        "batch": Knob(int, None, "samples of one network call (default: by their size, 4 to 250)", low=1, sweep=False),
     }
     figures: Mapping[str, Figure] = {
         "frechet": Figure("", "lower", "quality", "Frechet distance to real images in the judge's features"),
         "kernel": Figure("", "lower", "quality", "unbiased cubic MMD² to real images in the judge's features"),
         "precision": Figure("", "higher", "quality", "share of samples among the real images (3 neighbours)"),
         "recall": Figure("", "higher", "quality", "share of real images among the samples (3 neighbours)"),
-        "accuracy": Figure("", "higher", "quality", "share of samples that the judge takes for their label"),
+        "accuracy": Figure(
+            "", "higher", "quality", "share of samples that show what was asked for, as the judge sees it"
+        ),
+        "attribute_accuracy": Figure("", "higher", "quality", "share of the attributes asked for that samples show"),
         "sliced_wasserstein": Figure("", "lower", "quality", "sliced Wasserstein-2 distance to exact samples"),
         "wasserstein": Figure("", "lower", "quality", "exact Wasserstein-2 distance to exact samples"),
         "mode_weight_error": Figure("", "lower", "quality", "total variation of the modes' weights"),
@@ -207,16 +214,20 @@ class Sampling:
 
     def check(self, s: Subject, setting: Setting) -> None:
         if setting["prompts"] is not None:
-            _prompts(setting["prompts"])
+            prompts = _prompts(setting["prompts"])
+            if s.spec == "scenes":
+                from steersman.reference import scenes
+
+                scenes.parse(prompts)
             if s.kind != "text":
                 raise InputError("prompts", setting["prompts"], f"left out: {s.spec} takes no prompts")
-        elif s.kind == "text":
+        elif s.kind == "text" and s.spec != "scenes":
             raise InputError("prompts", None, "a text file, one prompt a line, for this text-to-image pipeline")
         guidable = s.kind == "text" or (s.classes and s.pipe.config.get("null_label") is not None)
         if (setting["guidance"] or 1) > 1 and not guidable:
             raise InputError("guidance", setting["guidance"], f"1 or left out: {s.spec} takes no guidance")
         data = self._data(s, setting)
-        if data is not None and s.spec == "digits" and setting["samples"] > len(data.images):
+        if data is not None and data.matched and setting["samples"] > len(data.images):
             raise InputError(
                 "samples", setting["samples"], f"at most the number of held-out images, {len(data.images)}"
             )
@@ -292,7 +303,7 @@ class Sampling:
         labels = _labels(s, data, setting, rng)
         figures: dict[str, float] = {}
         if h.real:
-            samples = _stand_ins(s, data, setting, rng)
+            samples = _stand_ins(s, data, labels, setting, rng)
         else:
             scheduler = h.scheduler or type(h.pipe.scheduler).from_config(h.pipe.scheduler.config)
             if _noise_kind(scheduler) != _noise_kind(h.pipe.scheduler):
@@ -314,13 +325,13 @@ class Sampling:
                 return figures
             exact, _ = s.law.sample(n, rng.torch("exact"), torch.float64)
             return figures | point_metrics.point_metrics(s.law, samples.flatten(1), exact)
-        images = samples if h.real else _decode(s, samples if data is not None else samples[:SHOWN])
+        images = samples if h.real else _decode(s, samples if data is not None else samples[:SHOWN], _batch(s, setting))
         log.images("samples", ((images[:SHOWN] + 1) / 2).permute(0, 2, 3, 1).numpy())
         if data is not None:
-            real = data.features[:n] if s.spec == "digits" else data.features
+            real = data.features[:n] if data.matched and setting["prompts"] is None else data.features
             figures |= image_metrics.feature_metrics(real, image_metrics.features(data.judge, images))
-            if data.classify is not None and labels is not None and not h.real:
-                figures["accuracy"] = image_metrics.class_accuracy(data.classify, images, torch.as_tensor(labels))
+            if data.score is not None and labels is not None:
+                figures |= data.score(images, labels)
         return figures
 
     # ---------------------------------------------------------------- report
@@ -428,14 +439,18 @@ def _steps(scheduler: Any, calls: int) -> int:
 def _labels(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Any:
     """What each sample is asked to be: prompts, or labels (n,), the same for all contenders."""
     n = setting["samples"]
-    if s.kind == "text":
+    if s.kind == "text" and setting["prompts"] is not None:
         prompts = _prompts(setting["prompts"])
         return [prompts[i % len(prompts)] for i in range(n)]
+    if s.kind == "text":
+        from steersman.reference import scenes
+
+        return scenes.captions("held-out")[:n]
     if s.classes is None or (s.kind == "points" and (setting["guidance"] or 1) <= 1):
         return None
     if data is not None and data.labels is not None:
-        if s.spec == "digits":
-            return data.labels[:n]  # as in the real images that they are compared with
+        if data.matched:
+            return data.labels[:n]
         return data.labels[torch.randint(len(data.labels), (n,), generator=rng.torch("labels"))]
     return torch.randint(s.classes, (n,), generator=rng.torch("labels"))
 
@@ -457,40 +472,79 @@ def _data(s: Subject, source: str | None, judge: str | None) -> Data | None:
             if value is not None:
                 raise InputError(name, value, "left out: the law of gaussians is known exactly")
         return None
-    stand_ins = classify = None
-    labels: Tensor | None
-    if source is None and s.spec == "digits":
-        from steersman.reference import digits
-
-        images, labels = digits.images("held-out")
-        b = digits.classifier("b")
-        features: Callable[[Tensor], Tensor] = b.features
-        stand_ins, classify = digits.images("train")[0], b
-    elif source is None:
-        if judge is not None:
-            raise InputError("judge", judge, "given together with data")
-        return None
+    if source is not None:
+        found = _own(s, source)
+    elif s.spec in REFERENCES:
+        found = REFERENCES[s.spec]()
+    elif judge is not None:
+        raise InputError("judge", judge, "given together with data")
     else:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise InputError("data", source, "a folder, .npz or .npy that exists")
-        channels = 3 if s.kind == "text" else s.network.config.in_channels
-        images, labels = read_images(path, channels, bool(s.classes))
-        if len(images) < 16:
-            raise InputError("data", f"{len(images)} images", "at least 16 images")
-        images = 2 * images - 1
-        features = PixelPCA(images, min(32, len(images) - 2, images[0].numel()))
-    if judge is not None:
-        function = subjects.load_callable(judge, "judge")
-        classify = None
+        return None
+    if judge is None:
+        return found
+    function = subjects.load_callable(judge, "judge")
 
-        def features(x: Tensor) -> Tensor:
-            return function((x + 1) / 2)
+    def features(x: Tensor) -> Tensor:
+        return function((x + 1) / 2)
 
-    return Data(images, labels, features, image_metrics.features(features, images), classify, stand_ins)
+    return replace(found, judge=features, features=image_metrics.features(features, found.images), score=None)
 
 
-def _stand_ins(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Tensor:
+def _own(s: Subject, source: str) -> Data:
+    """Images of the user's, judged by their principal components."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise InputError("data", source, "a folder, .npz or .npy that exists")
+    channels = 3 if s.kind == "text" else s.network.config.in_channels
+    images, labels = read_images(path, channels, bool(s.classes))
+    if len(images) < 16:
+        raise InputError("data", f"{len(images)} images", "at least 16 images")
+    images = 2 * images - 1
+    features = PixelPCA(images, min(32, len(images) - 2, images[0].numel()))
+    return Data(images, labels, features, image_metrics.features(features, images))
+
+
+def _digits() -> Data:
+    from steersman.reference import digits
+
+    images, labels = digits.images("held-out")
+    b = digits.classifier("b")
+    return Data(
+        images,
+        labels,
+        b.features,
+        image_metrics.features(b.features, images),
+        lambda x, asked: {"accuracy": image_metrics.class_accuracy(b, x, torch.as_tensor(asked))},
+        digits.matched,
+        matched=True,
+    )
+
+
+def _scenes() -> Data:
+    from steersman.reference import scenes
+
+    def score(x: Tensor, asked: Any) -> dict[str, float]:
+        shares = scenes.accuracy(x, asked)
+        overall = shares.pop("overall")
+        return {"accuracy": overall, "attribute_accuracy": float(np.mean(list(shares.values())))}
+
+    images = scenes.images("held-out")
+    return Data(
+        images,
+        scenes.captions("held-out"),
+        scenes.features,
+        image_metrics.features(scenes.features, images),
+        score,
+        lambda asked, generator: scenes.render(scenes.parse(asked), generator),
+        matched=True,
+    )
+
+
+REFERENCES = {"digits": _digits, "scenes": _scenes}
+"""Reference subjects that bring real images."""
+
+
+def _stand_ins(s: Subject, data: Data | None, labels: Any, setting: Setting, rng: Streams) -> Tensor:
     n = setting["samples"]
     if s.law is not None:
         if (setting["guidance"] or 1) > 1:
@@ -498,17 +552,27 @@ def _stand_ins(s: Subject, data: Data | None, setting: Setting, rng: Streams) ->
         return s.law.sample(n, rng.torch("real"), torch.float64)[0][:, :, None, None]
     if data is None:
         raise Inapplicable("there are no real images (give data)")
-    pool = data.images if data.stand_ins is None else data.stand_ins
-    if len(pool) < n:
-        raise Inapplicable(f"there are only {len(pool)} real images for {n} samples")
-    return pool[torch.randperm(len(pool), generator=rng.torch("real"))[:n]]
+    if data.stand_ins is not None:
+        return data.stand_ins(labels, rng.torch("real"))
+    if len(data.images) < n:
+        raise Inapplicable(f"there are only {len(data.images)} real images for {n} samples")
+    return data.images[torch.randperm(len(data.images), generator=rng.torch("real"))[:n]]
+
+
+def _shape(s: Subject) -> torch.Size:
+    """Of one sample's latent."""
+    config = s.network.config
+    size = config.sample_size
+    return torch.Size([config.in_channels, *((size, size) if isinstance(size, int) else size)])
 
 
 def _noise(s: Subject, n: int, rng: Streams) -> Tensor:
-    config = s.network.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn((n, config.in_channels, height, width), generator=rng.torch("noise"))
+    return torch.randn((n, *_shape(s)), generator=rng.torch("noise"))
+
+
+def _batch(s: Subject, setting: Setting) -> int:
+    """Samples of one network call; by default as many as keep a batch of latents about 65,000 numbers large."""
+    return setting["batch"] or min(250, max(4, 2**16 // _shape(s).numel()))
 
 
 def _run(pipe: Any, s: Subject, noise: Tensor, labels: Any, setting: Setting, generator: Any, **plan: Any) -> Tensor:
@@ -529,7 +593,7 @@ def _run(pipe: Any, s: Subject, noise: Tensor, labels: Any, setting: Setting, ge
 def _sample(h: Host, scheduler: Any, steps: int, labels: Any, rng: Streams, log: TrialLog) -> Tensor:
     s, setting = h.subject, h.setting
     noise = _noise(s, setting["samples"], rng)
-    batch = setting["batch"] or (4 if s.kind == "text" else 250)
+    batch = _batch(s, setting)
     parts = []
     with _prepared(h, scheduler), _watched(h, log, -(-len(noise) // batch)) as watch:
         for start in range(0, len(noise), batch):
@@ -618,7 +682,7 @@ def _fine_trajectory(h: Host, start: float, labels: Any, rng: Streams, log: Tria
         else:
             plan, scheduler = {"num_inference_steps": FINE_STEPS}, type(own).from_config(own.config)
         noise = _noise(s, setting["samples"], rng)[:count]
-        batch = setting["batch"] or (4 if s.kind == "text" else 250)
+        batch = _batch(s, setting)
         parts = []
         with _prepared(Host(s, setting, h.pipe), scheduler):
             for begin in range(0, count, batch):
@@ -631,13 +695,13 @@ def _fine_trajectory(h: Host, start: float, labels: Any, rng: Streams, log: Tria
 
 
 @torch.no_grad()
-def _decode(s: Subject, samples: Tensor) -> Tensor:
+def _decode(s: Subject, samples: Tensor, batch: int) -> Tensor:
     """Images in [-1, 1]."""
     if s.kind == "pixels":
         return samples
     vae = s.pipe.vae
     parts = [
         vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float().cpu()
-        for part in samples.split(4)
+        for part in samples.split(batch)
     ]
     return torch.cat(parts).clamp(-1, 1)

@@ -167,6 +167,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Show the roles of docstrings (:class:`~a.b.C`) as the name alone."""
+    return re.sub(r":(?:class|func|meth|attr|mod|data):<code>~?(?:[\w]+\.)*([\w]+)</code>", r"<code>\1</code>", html)
+
+
 # ------------------------------------------------------------------ README
 
 

@@ -250,6 +250,9 @@ def compare_once(bench: Sampling, subject, name: str) -> dict[str, float]:
         (["ddim"], "gaussians", {"calls": [0]}, "calls"),
         (["ddim"], "gaussians", {"calls": [1001]}, "calls"),
         (["ddim"], "gaussians", {"data": "real.npz"}, "data"),
+        (["ddim"], "digits", {"labels": "3,10"}, "labels"),
+        (["ddim"], "digits", {"labels": "three"}, "labels"),
+        (["ddim"], "mine.py:unconditional", {"labels": "1"}, "labels"),
         (["ddim"], "gaussians", {"prompts": "prompts.txt"}, "prompts"),
         (["ddim"], "gaussians:square", {}, "subject"),
         (["ddim"], "digits", {"samples": 598}, "597"),
@@ -286,7 +289,7 @@ def test_guided_points_are_judged_by_their_trajectory(world):
         world / "run",
     )
     ddim, heun, real = run.rows
-    assert real.status == "inapplicable" and "guided" in str(real.error)
+    assert real.status == "inapplicable" and "not known" in str(real.error)
     assert set(ddim.figures) == {"trajectory_error", "calls_used", "seconds_per_sample"}
     assert 0 < heun.figures["trajectory_error"] < ddim.figures["trajectory_error"]
 
@@ -302,3 +305,12 @@ def test_a_sampler_for_another_kind_of_noise_is_inapplicable(world):
     )
     for row in run.rows:
         assert row.status == "inapplicable" and "another kind of noise" in str(row.error)
+
+
+def test_labels_that_are_asked_for(world):
+    run = compare(
+        "sampling", "digits", ["ddim", "real"], {"calls": 10, "samples": 40, "labels": "3,5"}, [0], world / "run"
+    )
+    ddim, real = run.rows
+    assert ddim.figures["accuracy"] > 0.6 and real.figures["accuracy"] > 0.9
+    assert real.figures["frechet"] < ddim.figures["frechet"]

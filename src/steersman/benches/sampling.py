@@ -5,7 +5,7 @@ scheduler (its spacing of timesteps too); each takes the most steps that fit int
 measured depends on the subject:
 
 - ``gaussians`` (points in the plane): sliced and exact Wasserstein distance to exact samples, mode weights
-  (with guidance towards a mode, whose law nobody knows, only the distance of the last line);
+  (of a mode that is asked for, with guidance, whose law nobody knows, only the distance of the last line);
 - pipelines with real images (``digits`` and ``scenes`` bring their own): Frechet and kernel distance in the
   features of a judge, precision and recall, and the share of samples that show what was asked for;
 - any model, without data: how far each sample ends from where the model's own probability flow takes the
@@ -150,6 +150,9 @@ class Sampling:
         "prompts": Knob(
             str, None, "a text file, one prompt a line, for text-to-image pipelines (scenes has its own)", sweep=False
         ),
+        "labels": Knob(
+            str, None, "labels to ask for in turn, like 3,5,8 (default: as in the data, or at random)", sweep=False
+        ),
         "data": Knob(str, None, "real images for a pipeline of yours: a folder, .npz or .npy", sweep=False),
         "judge": Knob(str, None, "file.py:name, images in [0, 1] to features (n, d) for the figures", sweep=False),
         "trajectory": Knob(
@@ -226,6 +229,8 @@ class Sampling:
         guidable = s.kind == "text" or (s.classes and s.pipe.config.get("null_label") is not None)
         if (setting["guidance"] or 1) > 1 and not guidable:
             raise InputError("guidance", setting["guidance"], f"1 or left out: {s.spec} takes no guidance")
+        if setting["labels"] is not None:
+            _asked(s, setting["labels"])
         data = self._data(s, setting)
         if data is not None and data.matched and setting["samples"] > len(data.images):
             raise InputError(
@@ -328,7 +333,7 @@ class Sampling:
         images = samples if h.real else _decode(s, samples if data is not None else samples[:SHOWN], _batch(s, setting))
         log.images("samples", ((images[:SHOWN] + 1) / 2).permute(0, 2, 3, 1).numpy())
         if data is not None:
-            real = data.features[:n] if data.matched and setting["prompts"] is None else data.features
+            real = _compared_with(data, labels, setting)
             figures |= image_metrics.feature_metrics(real, image_metrics.features(data.judge, images))
             if data.score is not None and labels is not None:
                 figures |= data.score(images, labels)
@@ -446,13 +451,25 @@ def _labels(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> An
         from steersman.reference import scenes
 
         return scenes.captions("held-out")[:n]
-    if s.classes is None or (s.kind == "points" and (setting["guidance"] or 1) <= 1):
+    if s.classes is None or (s.kind == "points" and (setting["guidance"] or 1) <= 1 and setting["labels"] is None):
         return None
+    if setting["labels"] is not None:
+        asked = _asked(s, setting["labels"])
+        return asked.repeat(-(-n // len(asked)))[:n]
     if data is not None and data.labels is not None:
         if data.matched:
             return data.labels[:n]
         return data.labels[torch.randint(len(data.labels), (n,), generator=rng.torch("labels"))]
     return torch.randint(s.classes, (n,), generator=rng.torch("labels"))
+
+
+def _asked(s: Subject, text: str) -> Tensor:
+    if not s.classes:
+        raise InputError("labels", text, f"left out: {s.spec} has no classes")
+    pieces = [piece.strip() for piece in str(text).split(",")]
+    if not all(piece.isdecimal() and int(piece) < s.classes for piece in pieces):
+        raise InputError("labels", text, f"numbers from 0 to {s.classes - 1}, like 0,{s.classes - 1}")
+    return torch.tensor([int(piece) for piece in pieces])
 
 
 def _prompts(path: str) -> list[str]:
@@ -488,6 +505,18 @@ def _data(s: Subject, source: str | None, judge: str | None) -> Data | None:
         return function((x + 1) / 2)
 
     return replace(found, judge=features, features=image_metrics.features(features, found.images), score=None)
+
+
+def _compared_with(data: Data, labels: Any, setting: Setting) -> Tensor:
+    """Features of the real images that samples asked for ``labels`` are compared with."""
+    if setting["labels"] is not None and isinstance(data.labels, Tensor):
+        real = data.features[torch.isin(data.labels, labels)]
+        if len(real) < 16:
+            raise TrialError(f"there are {len(real)} real images with labels {setting['labels']}, and 16 are needed")
+        return real
+    if data.matched and setting["prompts"] is None:
+        return data.features[: setting["samples"]]
+    return data.features
 
 
 def _own(s: Subject, source: str) -> Data:
@@ -547,8 +576,8 @@ REFERENCES = {"digits": _digits, "scenes": _scenes}
 def _stand_ins(s: Subject, data: Data | None, labels: Any, setting: Setting, rng: Streams) -> Tensor:
     n = setting["samples"]
     if s.law is not None:
-        if (setting["guidance"] or 1) > 1:
-            raise Inapplicable("nobody knows the law of guided samples")
+        if labels is not None:
+            raise Inapplicable("the law of what is asked for is not known exactly")
         return s.law.sample(n, rng.torch("real"), torch.float64)[0][:, :, None, None]
     if data is None:
         raise Inapplicable("there are no real images (give data)")

@@ -13,6 +13,7 @@ from steersman.engine.comparison import Comparison
 from steersman.engine.streams import Streams
 from steersman.errors import InputError
 from steersman.report.blocks import ImageGrid, Note, Scatter
+from steersman.report.summary import recipe
 
 FACTORIES = """
 import json
@@ -314,3 +315,18 @@ def test_labels_that_are_asked_for(world):
     ddim, real = run.rows
     assert ddim.figures["accuracy"] > 0.6 and real.figures["accuracy"] > 0.9
     assert real.figures["frechet"] < ddim.figures["frechet"]
+
+
+def test_a_foreign_scheduler_has_its_code_line(world):
+    run = compare(
+        "sampling",
+        "gaussians",
+        ["EulerDiscreteScheduler:use_karras_sigmas=true"],
+        {"calls": 5, "samples": 4},
+        [0],
+        world / "run",
+    )
+    (line,) = recipe(run, run.contenders[0]).lines
+    call = "EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)"
+    assert line == f"pipe.scheduler = diffusers.{call}"
+    assert next(iter(run.rows[0].figures)) == "sliced_wasserstein"  # what counts, not what it cost

@@ -33,8 +33,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from steersman import catalog
-from steersman.benches.sampling import _of_diffusers as of_diffusers
 from steersman.benches.sampling import _steps as most_steps
+from steersman.benches.sampling import of_diffusers
 from steersman.diffusion import mmd_ddm
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
@@ -276,9 +276,13 @@ class Finetuning:
             "real": PartInfo(Real, "training images in place of samples: the floor of every distance"),
         }
 
-    def accepts(self, name: str) -> bool:
+    def accepts(self, name: str) -> PartInfo | None:
         """Samplers: this package's scheduler classes by method, and diffusers' by class name."""
-        return _scheduler_class(name) is not None
+        kind = _scheduler_class(name)
+        if kind is None or name not in catalog.cards():
+            return of_diffusers(name)
+        card = catalog.cards()[name]
+        return PartInfo(kind, card.summary, card.line)
 
     def host(self, s: Subject, setting: Setting, rng: Streams) -> Host:
         return Host(s, self._data(s, setting), rng)
@@ -478,4 +482,5 @@ def _scheduler_class(name: str) -> Any:
         card = catalog.cards()[name]
         kind = card.load() if card.family == "sampler" else None
         return kind if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
-    return of_diffusers(name)
+    found = of_diffusers(name)
+    return None if found is None else found.build

@@ -260,9 +260,9 @@ class Sampling:
             "real": PartInfo(Real, "real images or exact samples in place of samples: the floor of every distance"),
         }
 
-    def accepts(self, name: str) -> bool:
+    def accepts(self, name: str) -> PartInfo | None:
         """Any scheduler class of diffusers."""
-        return _of_diffusers(name) is not None
+        return of_diffusers(name)
 
     def host(self, s: Subject, setting: Setting, rng: Streams) -> Host:
         return Host(s, setting, s.pipe)
@@ -274,9 +274,8 @@ class Sampling:
                 raise InputError("methods", h.label, "an artefact first, and only one")
             h.pipe = self._artefact(h.subject, part)
             return
-        build = self.parts()[part.id].build if part.id in self.parts() else _of_diffusers(part.id)
-        if build is None:
-            build = catalog.card(part.id).load()
+        info = self.parts().get(part.id) or of_diffusers(part.id)
+        build = catalog.card(part.id).load() if info is None else info.build
         if build is Real:
             checked_knobs(build, part)
             h.real = True
@@ -391,12 +390,15 @@ def _quiet(s: Subject) -> Subject:
     return s
 
 
-def _of_diffusers(name: str) -> Any:
+def of_diffusers(name: str) -> PartInfo | None:
     """The scheduler class of diffusers of that name; None for anything else."""
     if not name.endswith("Scheduler") or not name.isidentifier():
         return None
     kind = getattr(diffusers, name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
+    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+        return None
+    line = f"pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config{{, knobs}})"
+    return PartInfo(kind, f"{name} of diffusers", line)
 
 
 def _scheduler(kind: Any, part: Part, h: Host) -> Any:

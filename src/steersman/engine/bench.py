@@ -149,8 +149,8 @@ class PartInfo:
 class Bench(Protocol[S, H]):
     """See the module's text.
 
-    A bench may also have ``accepts(name) -> bool``, for parts that it takes by other names than its own and
-    the catalogue's (the sampling bench takes any scheduler class of diffusers).
+    A bench may also have ``accepts(name) -> PartInfo | None``, for parts that it takes by other names than its
+    own (the sampling bench takes any scheduler class of diffusers).
     """
 
     id: str

@@ -172,7 +172,8 @@ def _trial(
         unknown = set(figures) - set(bench.figures)
         if unknown:
             raise ValueError(f"bench {bench.id} reported figures that it doesn't declare: {sorted(unknown)}")
-        row.figures = {name: float(value) for name, value in figures.items()}
+        # In the bench's own order: what counts first, what it costs last.
+        row.figures = {name: float(figures[name]) for name in bench.figures if name in figures}
     except Inapplicable as reason:
         row.status, row.error = "inapplicable", str(reason)
     except OutputError:
@@ -271,10 +272,10 @@ def _contenders(bench: Bench[Any, Any], asked: Any) -> list[Contender]:
         texts = [c.label if isinstance(c, Contender) else c for c in asked]
         stacks = syntax.parse_list(texts)
     known = set(bench.parts()) | {c.id for c in catalog.cards().values() if bench.id in c.benches}
-    accepts = getattr(bench, "accepts", lambda name: False)
+    accepts = getattr(bench, "accepts", lambda name: None)
     for stack in stacks:
         for part in stack.parts:
-            if part.id in known or (Path(part.id) / "artefact.json").is_file() or accepts(part.id):
+            if part.id in known or (Path(part.id) / "artefact.json").is_file() or accepts(part.id) is not None:
                 continue
             if part.id in catalog.cards():
                 homes = ", ".join(catalog.cards()[part.id].benches) or "no bench"

@@ -12,7 +12,9 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -324,9 +326,11 @@ def recipe(comparison: Comparison, contender: str) -> Recipe:
             if template and attribute and attribute in template:
                 home = f"steersman.{card.room}" if card.distribution == "steersman" else module
                 lines.append(f"from {home} import {attribute}")
+        elif os.path.isfile(os.path.join(name, "artefact.json")):  # of any text: never raises
+            template, summary = _artefact_line(name), f"made by steersman apply: {name}"
         else:
-            made = os.path.isfile(os.path.join(name, "artefact.json"))  # of any text: never raises
-            template, summary = "", f"made by steersman apply: {name}" if made else ""
+            foreign = getattr(comparison.bench, "accepts", lambda name: None)(name)
+            template, summary = (foreign.line, foreign.summary) if foreign is not None else ("", "")
         if template:
             lines.append(code_line(template, knobs))
         if summary:
@@ -334,6 +338,15 @@ def recipe(comparison: Comparison, contender: str) -> Recipe:
     # Imports first, each once.
     ordered = sorted(dict.fromkeys(lines), key=lambda line: not line.startswith("from "))
     return Recipe(tuple(ordered), " + ".join(summaries), tuple(papers))
+
+
+def _artefact_line(folder: str) -> str:
+    """The line that uses an artefact: its method's, where that names the folder; or the one that loads it."""
+    with suppress(OSError, ValueError, KeyError):
+        card = catalog.cards()[json.loads(Path(folder, "artefact.json").read_text())["method"]]
+        if "{folder}" in card.line:
+            return card.line.replace("{folder}", folder)
+    return f'pipe = DiffusionPipeline.from_pretrained("{folder}")' if Path(folder, "model_index.json").is_file() else ""
 
 
 # ------------------------------------------------------------------ numbers as text

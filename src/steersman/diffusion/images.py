@@ -6,9 +6,11 @@ refused in one sentence; nothing is resized or cropped behind the user's back.
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -35,9 +37,11 @@ def load_pipeline(subject: str | Path) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a small model's bar only breaks into other output
     try:
-        if Path(subject).is_dir() and json.loads(index.read_text()).get("_class_name") == "ClassConditionalPipeline":
+        if Path(subject).is_dir():
             # diffusers looks only into its own module for a pipeline's class.
-            from steersman.diffusion.pipelines import ClassConditionalPipeline as kind
+            from steersman import diffusion
+
+            kind = getattr(diffusion, str(json.loads(index.read_text()).get("_class_name")), kind)
         return kind.from_pretrained(str(subject))
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -47,16 +51,34 @@ def load_pipeline(subject: str | Path) -> Any:
             logging.enable_progress_bar()
 
 
-def read_images(source: Path | None, channels: int = 3, labelled: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Images in [0, 1], (n, channels, H, W), and labels if ``labelled``, from a folder, .npz or .npy.
+def read_images(
+    source: Path | None, channels: int | None = 3, labelled: bool | None = False
+) -> tuple[Tensor, Tensor | None]:
+    """Images in [0, 1], (n, channels, H, W), and labels if ``labelled``, from a folder, .zip, .npz or .npy.
+
+    The labels of a folder or zip are those of its ``dataset.json``, {"labels": [[file, label], ...]}, as EDM's and
+    StyleGAN's tools write it; where there is none, one folder of images is one class.
+
+    Args:
+        source: where they are.
+        channels: that they are to have; None is as they come (grey or colour).
+        labelled: whether labels are needed; None is where there are any.
 
     Raises:
         InputError: nothing there, an unreadable file, images of different sizes, or labels missing.
     """
     if source is None:
-        raise InputError("input", None, "real images: a folder, .npz or .npy")
+        raise InputError("input", None, "real images: a folder, .zip, .npz or .npy")
     if source.is_dir():
-        pixels, labels = _read_folder(source, channels, labelled)
+        files = {str(p.relative_to(source)): p for p in sorted(source.rglob("*")) if p.is_file()}
+        pixels, labels = _read_files(source, files, channels, labelled)
+    elif source.suffix.lower() == ".zip":
+        try:
+            with zipfile.ZipFile(source) as archive:
+                entries = {i.filename: archive.read(i) for i in archive.infolist() if not i.is_dir()}
+        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            raise InputError("input", str(source), f"a zip file that can be read ({error})") from None
+        pixels, labels = _read_files(source, dict(sorted(entries.items())), channels, labelled)
     else:
         pixels, labels = _read_array(source, labelled)
     if pixels.ndim == 3:
@@ -69,7 +91,7 @@ def read_images(source: Path | None, channels: int = 3, labelled: bool = False) 
         raise InputError("input", str(pixels.dtype), "images as uint8, or as finite numbers in [0, 1]")
     if pixels.min() < 0 or pixels.max() > 1:
         raise InputError("input", f"values from {pixels.min():.3g} to {pixels.max():.3g}", "images in [0, 1], or uint8")
-    if pixels.shape[-1] != channels:
+    if channels is not None and pixels.shape[-1] != channels:
         if pixels.shape[-1] != 1:
             raise InputError("input", f"{pixels.shape[-1]} channels", f"images of {channels} channels, as the network")
         pixels = np.repeat(pixels, channels, axis=-1)
@@ -77,35 +99,67 @@ def read_images(source: Path | None, channels: int = 3, labelled: bool = False) 
     return tensor, None if labels is None else torch.from_numpy(labels)
 
 
-def _read_folder(source: Path, channels: int, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_files(
+    source: Path, files: Mapping[str, Path | bytes], channels: int | None, labelled: bool | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images among ``files``, by their names in the folder or zip ``source``, and their labels."""
     from PIL import Image, UnidentifiedImageError
 
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError("input", str(source), f"a folder that holds image files ({', '.join(SUFFIXES)})")
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
-    if mode is None:
+    names = [name for name in files if PurePosixPath(name).suffix.lower() in SUFFIXES]
+    if not names:
+        raise InputError("input", str(source), f"a folder or zip that holds image files ({', '.join(SUFFIXES)})")
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels is not None and channels not in modes:
         raise InputError("input", str(source), f".npy or .npz for a network of {channels} channels")
-    arrays = []
-    for file in files:
+    arrays: list[np.ndarray] = []
+    for name in names:
+        content, where = files[name], f"{source}/{name}"
         try:
-            with Image.open(file) as image:
-                arrays.append(np.asarray(image.convert(mode)))
+            with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
+                grey = image.mode in ("1", "L", "I", "I;16", "F")
+                arrays.append(np.asarray(image.convert(modes[channels or (1 if grey else 3)])))
         except (UnidentifiedImageError, OSError) as error:
-            raise InputError("input", str(file), f"an image file that can be read ({error})") from None
-        if arrays[-1].shape != arrays[0].shape:
+            raise InputError("input", where, f"an image file that can be read ({error})") from None
+        if arrays[-1].shape[:2] != arrays[0].shape[:2]:
             (h, w), (h0, w0) = arrays[-1].shape[:2], arrays[0].shape[:2]
-            allowed = f"of one size with the others ({files[0].name} has {w0}x{h0}, this one {w}x{h})"
-            raise InputError("input", str(file), allowed)
-    if not labelled:
-        return np.stack(arrays), None
-    classes = sorted({p.parent.name for p in files if p.parent != source})
-    if any(p.parent == source for p in files) or len(classes) < 1:
-        raise InputError("input", str(source), "one folder of images a class, as the network is class-conditional")
-    return np.stack(arrays), np.array([classes.index(p.parent.name) for p in files])
+            allowed = f"of one size with the others ({names[0]} has {w0}x{h0}, this one {w}x{h})"
+            raise InputError("input", where, allowed)
+        if arrays[-1].ndim != arrays[0].ndim:
+            raise InputError("input", where, f"grey or colour as the others ({names[0]} is not)")
+    pixels = np.stack(arrays)
+    if labelled is False:
+        return pixels, None
+    if "dataset.json" in files:
+        return pixels, _read_labels(files["dataset.json"], names, source, bool(labelled))
+    folders = [PurePosixPath(name).parent.name for name in names]
+    classes = sorted(set(folders))
+    # Folders of shards, as EDM's 00000, 00001, ..., come with a dataset.json or without classes.
+    if "" in classes or (labelled is None and len(classes) < 2):
+        if labelled:
+            raise InputError("input", str(source), "one folder of images a class, as the network is class-conditional")
+        return pixels, None
+    return pixels, np.array([classes.index(folder) for folder in folders])
 
 
-def _read_array(source: Path, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_labels(content: Path | bytes, names: Sequence[str], source: Path, needed: bool) -> np.ndarray | None:
+    """The labels of a dataset.json, in the order of ``names``; None where it has none and none are needed."""
+    try:
+        listed = json.loads(content.read_bytes() if isinstance(content, Path) else content)["labels"]
+        found = None if listed is None else {str(name).replace("\\", "/"): label for name, label in listed}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError("input", f"{source}/dataset.json", f'{{"labels": [[file, label], ...]}} ({error})') from None
+    if found is None:
+        if needed:
+            raise InputError("input", f"{source}/dataset.json", "labels, as the network is class-conditional")
+        return None
+    for name in names:
+        label = found.get(name)
+        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+            raise InputError("input", f"label {label!r} of {name}", "a whole number from 0, for each image")
+    return np.array([found[name] for name in names])
+
+
+def _read_array(source: Path, labelled: bool | None) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         loaded = np.load(source, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -113,7 +167,7 @@ def _read_array(source: Path, labelled: bool) -> tuple[np.ndarray, np.ndarray | 
         else:
             with loaded:
                 pixels = loaded["images"]
-                labels = loaded["labels"] if labelled and "labels" in loaded else None
+                labels = loaded["labels"] if labelled is not False and "labels" in loaded else None
     except KeyError:
         raise InputError("input", str(source), "an .npz that holds 'images'") from None
     except (OSError, ValueError, EOFError) as error:

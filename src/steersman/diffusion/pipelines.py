@@ -122,7 +122,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:
             raise InputError("latents", tuple(latents.shape), f"of shape {shape}")
-        latents = latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        latents = self._start(latents.to(device, self.unet.dtype), generator)
 
         rows = None
         if y is not None:
@@ -153,6 +153,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         images = self._images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _start(self, latents: Tensor, generator: Any) -> Tensor:
+        """Where sampling starts, from standard normal ``latents``; a scheduler whose noise is another says itself."""
+        start = getattr(self.scheduler, "start", None)
+        return latents * self.scheduler.init_noise_sigma if start is None else start(latents, generator)
 
     def _check(
         self,

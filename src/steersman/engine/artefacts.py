@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import shutil
+import tempfile
 import time
 import types
 import typing
@@ -46,7 +47,7 @@ def run_verb(
         method: id or alias.
         subject: see :mod:`steersman.engine.subjects`.
         out: a new or empty folder; it gets its content whole or not at all.
-        input: a file or folder that the method works with.
+        input: a file or folder that the method works with; a reference subject of images brings its own.
         settings: keyword arguments of the method's function, as text or typed.
         seed: for everything random.
         log: gets one line at a time about the progress.
@@ -76,8 +77,10 @@ def run_verb(
     try:
         # A reference subject with a variant (gaussians:ring) stays text; a folder becomes a path.
         target: str | Path = found.path if found.path and found.kind in ("reference", "path") else found.spec
-        with writing(folder):
-            metrics = function(target, source, partial, seed=seed, log=log, **checked)
+        with writing(folder), tempfile.TemporaryDirectory(prefix="steersman-input-") as temporary:
+            # A reference subject brings its own images.
+            given = source or subjects.write_images(found, Path(temporary))
+            metrics = function(target, given, partial, seed=seed, log=log, **checked)
             record = {
                 "verb": verb,
                 "method": card.id,

@@ -9,6 +9,7 @@ Naming a file is the only way that a user's code gets loaded.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import re
 import sys
@@ -77,6 +78,29 @@ def resolve(spec: str) -> Subject:
         f"a path that exists, a hub id (owner/name), file.py:factory, openai:model or a reference name, "
         f"{nearest(name, loading.names())}",
     )
+
+
+def write_images(subject: Subject, folder: Path) -> Path | None:
+    """The training images of a reference subject that has any, as ``images.npz`` in ``folder``: images (n, H, W, C)
+    in [0, 1], and their labels where they are numbers."""
+    from steersman.reference import loading
+
+    name = subject.spec.partition(":")[0].partition("/")[0]
+    if subject.kind != "reference" or name in loading.ANALYTIC:
+        return None
+    images = getattr(importlib.import_module(f"steersman.reference.{name}"), "images", None)
+    if images is None:
+        return None
+    import numpy as np
+
+    found = images("train")
+    pixels, labels = found if isinstance(found, tuple) else (found, None)
+    arrays = {"images": ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    file = folder / "images.npz"
+    np.savez(file, **arrays)
+    return file
 
 
 def load_callable(spec: str, parameter: str = "callable") -> Callable[..., Any]:

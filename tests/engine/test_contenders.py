@@ -57,6 +57,8 @@ def test_knobs_are_checked_against_the_signature():
 def test_code_line_fills_in_the_knobs():
     assert code_line("F.from_config(c{, knobs})", {"order": 3}) == "F.from_config(c, order=3)"
     assert code_line("F.from_config(c{, knobs})", {}) == "F.from_config(c)"
+    assert code_line("g(do_sample=True, top_p={top_p=0.95})", {"top_p": 0.5}) == "g(do_sample=True, top_p=0.5)"
+    assert code_line("g(do_sample=True, top_p={top_p=0.95})", {}) == "g(do_sample=True, top_p=0.95)"
     assert code_line("M({knobs})", {"a": 0.2, "t": "x"}) == "M(a=0.2, t='x')"
 
 

@@ -253,17 +253,17 @@ PARTS: dict[str, PartInfo] = {
     "beam": PartInfo(
         beam,
         "Beam search.",
-        "model.generate(**inputs, do_sample=False, num_beams=4)  # {knobs}",
+        "model.generate(**inputs, do_sample=False, num_beams={num_beams=4})",
     ),
     "no-repeat-ngram": PartInfo(
         no_repeat_ngram,
         "Greedy search that never says an n-gram twice.",
-        "model.generate(**inputs, do_sample=False, no_repeat_ngram_size=4)  # {knobs}",
+        "model.generate(**inputs, do_sample=False, no_repeat_ngram_size={no_repeat_ngram_size=4})",
     ),
     "repetition-penalty": PartInfo(
         repetition_penalty,
         "Greedy search on logits that are divided by a penalty for tokens said before.",
-        "model.generate(**inputs, do_sample=False, repetition_penalty=1.2)  # {knobs}",
+        "model.generate(**inputs, do_sample=False, repetition_penalty={repetition_penalty=1.2})",
     ),
     "contrastive": PartInfo(
         contrastive,
@@ -273,17 +273,17 @@ PARTS: dict[str, PartInfo] = {
     "nucleus": PartInfo(
         nucleus,
         "Samples from the most probable tokens that hold most of the probability.",
-        "model.generate(**inputs, do_sample=True, top_k=0, top_p=0.95)  # {knobs}",
+        "model.generate(**inputs, do_sample=True, top_k=0, top_p={top_p=0.95}, temperature={temperature=1.0})",
     ),
     "typical": PartInfo(
         typical,
         "Samples from the tokens whose surprise is nearest to the expected one.",
-        "model.generate(**inputs, do_sample=True, top_k=0, typical_p=0.2)  # {knobs}",
+        "model.generate(**inputs, do_sample=True, top_k=0, typical_p={typical_p=0.2}, temperature={temperature=1.0})",
     ),
     "min-p": PartInfo(
         min_p,
         "Samples from the tokens that are probable enough beside the most probable one.",
-        "model.generate(**inputs, do_sample=True, top_k=0, min_p=0.05)  # {knobs}",
+        "model.generate(**inputs, do_sample=True, top_k=0, min_p={min_p=0.05}, temperature={temperature=1.0})",
     ),
 }
 

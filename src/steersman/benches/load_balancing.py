@@ -153,7 +153,7 @@ class LoadBalancing:
     def parts(self) -> Mapping[str, PartInfo]:
         return {
             "ecmp": PartInfo(_plain(Ecmp), "hash-based equal-cost multipath, one path a flow", ""),
-            "ecmp-k": PartInfo(_sub_flows, "hash-based, k sub-flows a flow", "NCCL_IB_QPS_PER_CONNECTION=k  # {knobs}"),
+            "ecmp-k": PartInfo(_sub_flows, "hash-based, k sub-flows a flow", "NCCL_IB_QPS_PER_CONNECTION={k=8}"),
             "single": PartInfo(
                 _plain(SinglePath), "one path a flow, the least loaded", "SinglePath().assign(fabric, step)"
             ),

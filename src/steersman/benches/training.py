@@ -281,7 +281,7 @@ PARTS: dict[str, PartInfo] = {
     "local-sgd": PartInfo(
         local_sgd,
         "PostLocalSGDOptimizer of torch: weights averaged every few steps.",
-        "optimizer = PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=...))  # {knobs}",
+        "optimizer = PostLocalSGDOptimizer(optimizer, PeriodicModelAverager({every=8}, {warmup=0}))",
     ),
 }
 

@@ -137,7 +137,7 @@ class PartInfo:
     Args:
         build: called with the part's knobs, returns what the bench mounts.
         summary: one sentence.
-        line: the code line that applies it, with ``{knobs}`` or ``{, knobs}`` where the knobs go.
+        line: the code line that applies it, see :func:`~steersman.engine.contenders.code_line`.
     """
 
     build: Callable[..., Any]

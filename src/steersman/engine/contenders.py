@@ -22,6 +22,7 @@ from steersman.errors import InputError, nearest
 COMMA = re.compile(",")
 PART = re.compile(r"\+(?!\d)")
 KNOB = re.compile(r":(?=\w*=)")
+DEFAULTED = re.compile(r"\{(\w+)=([^{}]*)\}")
 SPECIAL = re.compile(r"[\"\[\]{}+,\\]|:\w*=")
 
 
@@ -128,7 +129,11 @@ def checked_knobs(build: Callable[..., Any], part: Part, *, skip: Iterable[str] 
 
 
 def code_line(template: str, knobs: Mapping[str, Any]) -> str:
-    """The code line that applies a part: ``{knobs}`` becomes ``k=v``, ``{, knobs}`` adds the comma."""
+    """The code line that applies a part.
+
+    ``{knobs}`` becomes ``k=v``, ``{, knobs}`` adds the comma, and ``{k=v}`` is the knob k's value, by default v.
+    """
+    template = DEFAULTED.sub(lambda m: repr(knobs[m[1]]) if m[1] in knobs else m[2], template)
     text = ", ".join(f"{k}={v!r}" for k, v in knobs.items())
     return template.replace("{, knobs}", f", {text}" if text else "").replace("{knobs}", text)
 

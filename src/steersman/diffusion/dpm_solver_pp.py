@@ -31,7 +31,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -444,11 +444,11 @@ class AdaptiveDPMSolverPP(AdaptiveSolver):
             final = h >= left * (1.0 - 1e-9)
             h = min(h, left)
             after = s if final else p.time_at(p.log_snr(t) + h)
-            if not after < t:
+            stages = [p.time_at(min(p.log_snr(t) + r * h, end)) for r in inner]
+            if not all(v < u for u, v in pairwise([t, *stages, after])):
                 raise InputError(
                     "rtol", self.rtol, f"larger, or atol (={self.atol:g}): no step from t={t:g} satisfies them"
                 )
-            stages = [p.time_at(min(p.log_snr(t) + r * h, end)) for r in inner]
             if first is None:
                 first, calls = predicted(x, t), calls + 1
             D = [first]

@@ -23,7 +23,7 @@ from typing import Any
 from steersman.errors import InputError, MissingExtra, nearest
 
 ANALYTIC = ("gaussians", "leaf-spine")
-SHIPPED = ("digits", "docs")  # what the package brings, so that its absence can be told from a wrong name
+SHIPPED = ("digits", "docs", "scenes")  # what the package brings, so that its absence can be told from a wrong name
 
 
 @cache

@@ -122,7 +122,8 @@ def _read_files(
             raise InputError("input", where, f"an image file that can be read ({error})") from None
         if arrays[-1].shape[:2] != arrays[0].shape[:2]:
             (h, w), (h0, w0) = arrays[-1].shape[:2], arrays[0].shape[:2]
-            allowed = f"of one size with the others ({names[0]} has {w0}x{h0}, this one {w}x{h})"
+            first = PurePosixPath(names[0]).name
+            allowed = f"of one size with the others ({first} has {w0}x{h0}, this one {w}x{h})"
             raise InputError("input", where, allowed)
         if arrays[-1].ndim != arrays[0].ndim:
             raise InputError("input", where, f"grey or colour as the others ({names[0]} is not)")

@@ -35,7 +35,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -69,7 +69,9 @@ def dimension(D: Any) -> float:
         InputError: anything else; a tensor too, as all of a sample's pixels share one D.
     """
     allowed = "one real number above 0, or inf"
-    if isinstance(D, (Tensor, np.ndarray, bool)) or not isinstance(D, (int, float, str, np.number)):
+    if isinstance(D, (Tensor, np.ndarray)):
+        raise InputError("D", f"{type(D).__name__} of shape {tuple(D.shape)}", allowed)
+    if isinstance(D, bool) or not isinstance(D, (int, float, str, np.number)):
         raise InputError("D", D, allowed)
     try:
         value = float(D)
@@ -457,7 +459,7 @@ class SigmaScheduler(SlotScheduler):
         InputError: a setting out of range; the sentence names it.
     """
 
-    _compatibles: ClassVar[list[str]] = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+    _compatibles = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
     shared = staticmethod(_settings)
     resolution = 0.1
 
@@ -634,12 +636,12 @@ class PFGMPPPipeline(ClassConditionalPipeline):
         unet: ModelMixin,
         scheduler: SchedulerMixin,
         null_label: int | None = None,
-        D: float | Literal["inf"] | None = None,
-        formulation: FormulationName | None = None,
+        D: float | str | None = None,
+        formulation: str | None = None,
     ) -> None:
         super().__init__(unet, scheduler, null_label)
         config: Any = scheduler.config  # type: ignore[attr-defined]
-        kernel = PFGMPPKernel(config.get("D", "inf") if D is None else D)
+        kernel = PFGMPPKernel(dimension(config.get("D", "inf") if D is None else D))
         formulation = formulation or config.get("formulation", "edm")
         self.register_to_config(D="inf" if math.isinf(kernel.D) else kernel.D, formulation=formulation)
         self._kernel()
@@ -743,12 +745,12 @@ def train_pfgmpp(
         TrialError: a loss that is not finite.
     """
     started = time.perf_counter()
-    kernel, form = PFGMPPKernel(D), formulation_of(formulation, sigma_data)
+    kernel, form = PFGMPPKernel(dimension(D)), formulation_of(formulation, sigma_data)
     whole = {"steps": (steps, 0), "batch_size": (batch_size, 1), "half_life": (half_life, 1), "width": (width, 8)}
     whole |= {"seed": (seed, 0), "ramp_up": (0 if ramp_up is None else ramp_up, 0), "reference": (reference, 1)}
-    for name, (number, low) in whole.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < low:
-            raise InputError(name, number, f"a whole number from {low}")
+    for name, (number, least) in whole.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise InputError(name, number, f"a whole number from {least}")
     for name, share, low, high in (
         ("learning_rate", learning_rate, 0.0, math.inf),
         ("label_dropout", label_dropout, 0.0, 1.0),
@@ -765,7 +767,8 @@ def train_pfgmpp(
     if unet is None:
         unet = _network(images.shape[1:], None if classes is None else classes + 1, width, dropout, seed)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    net: Any = unet.to(where).train().requires_grad_(True)
+    net: Any = unet
+    net.to(where).train().requires_grad_(True)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, betas=(0.9, 0.999))
     y, total, cut = 2 * images.float() - 1, steps * batch_size, 0
@@ -807,13 +810,8 @@ def train_pfgmpp(
             losses.append(value.item())
             if callback is not None:
                 callback(step + 1, losses[-1])
-    scheduler = PFGMPPScheduler(
-        D=kernel.D,
-        formulation=formulation,
-        sigma_min=form.sigma_min,
-        sigma_max=form.sigma_max,
-        sigma_data=float(sigma_data),
-    )
+    ends = {"sigma_min": form.sigma_min, "sigma_max": form.sigma_max, "sigma_data": float(sigma_data)}
+    scheduler = PFGMPPScheduler.from_config({"D": kernel.D, "formulation": formulation, **ends})
     pipeline = PFGMPPPipeline(ema, scheduler, null)
     return PFGMPPTraining(pipeline, losses, cut / max(total, 1), total, time.perf_counter() - started)
 
@@ -876,7 +874,8 @@ def _reference(
     rows = torch.cat([index, others[~torch.isin(others, index)]])[: max(count, len(index))]
     if labels is None or chosen is None:
         return y[rows], None
-    return y[rows], (labels[rows][None, :] == chosen[:, None]) | (chosen == null)[:, None]
+    same = labels[rows][None, :].eq(chosen[:, None])
+    return y[rows], same | chosen.eq(-1 if null is None else null)[:, None]
 
 
 def _stream(seed: int, purpose: str) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Time per scheduler step without a network: ours against diffusers' PNDMScheduler.
+"""Time per scheduler step without a network: ours against diffusers' scheduler of the same method.
 
 Runs of both schedulers alternate (A B A B), on the same tensors, and the medians' ratio is what counts.
 A run takes every step of a plan, as a pipeline does; its start-up (``set_timesteps``) is timed apart.
@@ -19,11 +19,21 @@ from typing import Any
 import diffusers
 import torch
 
-from steersman.diffusion import PNDMScheduler
+from steersman.diffusion import DPMSolverPPScheduler, PNDMScheduler
+
+
+def multistep(**settings: Any) -> tuple[Any, Any]:
+    """Ours with the configuration of diffusers' DPMSolverMultistepScheduler, and that scheduler."""
+    theirs = diffusers.DPMSolverMultistepScheduler(**settings)
+    return DPMSolverPPScheduler.from_config(theirs.config), theirs
+
 
 CASES = {
     "plms": (PNDMScheduler(variant="plms"), diffusers.PNDMScheduler(skip_prk_steps=True)),
     "f-pndm": (PNDMScheduler(variant="f-pndm"), diffusers.PNDMScheduler(skip_prk_steps=False)),
+    "dpm-solver++ of order 2": multistep(solver_order=2),
+    "dpm-solver++ of order 3": multistep(solver_order=3),
+    "sde-dpm-solver++ of order 2": multistep(solver_order=2, algorithm_type="sde-dpmsolver++"),
 }
 
 
@@ -39,11 +49,11 @@ def seconds(scheduler: Any, output: torch.Tensor, sample: torch.Tensor, steps: i
 
 
 def measure(batch: int, dtype: torch.dtype, steps: int = 50, rounds: int = 30) -> list[dict[str, Any]]:
-    """Each variant's medians at one batch size of Stable Diffusion's latents, (batch, 4, 64, 64)."""
+    """Each case's medians at one batch size of Stable Diffusion's latents, (batch, 4, 64, 64)."""
     generator = torch.Generator().manual_seed(0)
     sample, output = (torch.randn(batch, 4, 64, 64, generator=generator).to(dtype) for _ in range(2))
     results = []
-    for variant, pair in CASES.items():
+    for case, pair in CASES.items():
         times: list[list[tuple[float, float]]] = [[], []]
         for _ in range(rounds):
             for side, scheduler in zip(times, pair, strict=True):
@@ -51,7 +61,7 @@ def measure(batch: int, dtype: torch.dtype, steps: int = 50, rounds: int = 30) -
         ours, theirs = ([statistics.median(column) for column in zip(*side, strict=True)] for side in times)
         results.append(
             {
-                "variant": variant,
+                "case": case,
                 "batch": batch,
                 "dtype": str(dtype).removeprefix("torch."),
                 "microseconds_per_step": {"steersman": ours[0] * 1e6, "diffusers": theirs[0] * 1e6},

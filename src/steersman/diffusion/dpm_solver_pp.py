@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from steersman.diffusion.scheduler import SolverScheduler, spaced
+from steersman.diffusion.scheduler import SolverScheduler
 from steersman.diffusion.solver import (
     AdaptiveSolver,
     Denoiser,
@@ -55,7 +55,7 @@ from steersman.errors import InputError, nearest
 Method = Literal["multistep", "singlestep"]
 Algorithm = Literal["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"]
 SolverType = Literal["midpoint", "heun"]
-Grid = Literal["spacing", "dpm", "logsnr", "exponential", "karras", "quadratic", "beta"]
+Grid = Literal["spacing", "logsnr", "exponential", "karras", "quadratic", "beta"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
@@ -491,25 +491,28 @@ OTHER_FAMILIES = {"algorithm_type": ("deis",), "solver_type": ("logrho", "bh1", 
 
 
 def from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` of diffusers' DPM-Solver schedulers in this scheduler's names; others are handed on.
+    """The configuration of another scheduler in this one's names, as diffusers' DPM-Solver schedulers would read it.
 
     Raises:
         InputError: a setting of flow matching, which has no variance-preserving process.
     """
     c = dict(config)
+    if "lower_order_below" in c:
+        return c  # this scheduler's own
+    c.pop("set_alpha_to_one", None)  # of DDIM and PNDM; theirs end at sigma = 0 all the same
     if "solver_order" not in c:
         return c
     if c.pop("use_flow_sigmas", False):
         raise InputError("use_flow_sigmas", True, "false: this scheduler is for variance-preserving processes")
-    chosen = [grid for name, grid in SIGMA_GRIDS.items() if c.pop(name, False)]
-    c["grid"] = chosen[0] if chosen else "dpm"
+    for name, grid in SIGMA_GRIDS.items():
+        if c.pop(name, False):
+            c["grid"] = grid
     c["order"] = c.pop("solver_order")
-    if "final_sigmas_type" in c:
-        c["set_alpha_to_one"] = c.pop("final_sigmas_type") == "zero"
+    c["set_alpha_to_one"] = c.pop("final_sigmas_type", "zero") == "zero"
     for name, values in OTHER_FAMILIES.items():
         if c.get(name) in values:
             del c[name]
-    # Their multistep scheduler knows this setting, their singlestep one has no spacing.
+    # Of their two schedulers only the multistep one has a spacing.
     c.setdefault("method", "multistep" if "timestep_spacing" in c else "singlestep")
     c.setdefault("timestep_spacing", "linspace")
     c["_use_default_values"] = []  # or diffusers would put this scheduler's defaults for theirs
@@ -521,14 +524,15 @@ class DPMSolverPPScheduler(SolverScheduler):
 
     ``from_config`` also understands the settings of diffusers' ``DPMSolverMultistepScheduler`` and
     ``DPMSolverSinglestepScheduler`` (``solver_order``, ``use_karras_sigmas``, ``final_sigmas_type``, ...), and
-    then lays out time as these do.
+    reads those of any other scheduler as these do: time is laid out in their way
+    (:func:`~steersman.diffusion.time_grids.spaced_past`), and ends at sigma = 0 unless ``set_alpha_to_one``
+    is set to false here.
 
     Args:
         order: 1, 2 (for guided sampling) or 3 (unconditional).
         method, algorithm_type, solver_type, compat, lower_order_final, lower_order_below, euler_at_final: see
             :class:`DPMSolverPP`.
-        grid: ``spacing``: the pipeline's ``timestep_spacing``; ``dpm``: the same as diffusers' DPM-Solver reads
-            it (:func:`~steersman.diffusion.time_grids.spaced_past`); or, of the whole schedule, ``logsnr``
+        grid: ``spacing``: the pipeline's ``timestep_spacing``; or, over the whole schedule, ``logsnr``
             (= ``exponential``), ``karras``, ``quadratic``, ``beta``
             (:mod:`~steersman.diffusion.time_grids`), whose times need not be whole.
         lambda_min_clipped: timesteps of less log(alpha / sigma) are left out; None is -5.1 for the cosine
@@ -585,9 +589,7 @@ class DPMSolverPPScheduler(SolverScheduler):
             last -= 1
         if c.grid in TIME_GRIDS:
             return [*laid_out(c.grid, process, steps, float(last - 1))]
-        if c.grid == "dpm":
-            return spaced_past(c.timestep_spacing, steps, last, c.num_train_timesteps, c.steps_offset)
-        return spaced(c.timestep_spacing, steps, last, c.steps_offset)
+        return spaced_past(c.timestep_spacing, steps, last, c.num_train_timesteps, c.steps_offset)
 
 
 def _among(name: str, value: Any, allowed: Sequence[str]) -> None:

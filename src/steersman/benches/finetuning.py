@@ -253,7 +253,9 @@ class Finetuning:
     def _data(self, s: Subject, setting: Setting) -> Data:
         key = setting["data"], setting["judge"]
         if key not in s.data:
-            s.data[key] = _digits() if s.spec == "digits" and key[0] is None else _own(s, key[0])
+            s.data[key] = (
+                digits_data() if s.spec == "digits" and key[0] is None else own_data(key[0], s.channels, s.classes)
+            )
             if key[1] is not None:
                 function = subjects.load_callable(key[1], "judge")
                 s.data[key] = replace(s.data[key], judge=lambda x: function((x + 1) / 2), classify=None)
@@ -342,19 +344,7 @@ class Finetuning:
             samples = _sample(pipe, labels, (n, *real.shape[1:]), setting["calls"], rng)
             figures["sample_s"] = time.perf_counter() - start
         log.images("samples", ((samples[:SHOWN] + 1) / 2).permute(0, 2, 3, 1).numpy())
-        for name, extractor in (("", data.judge), ("_pixels", data.pixels), ("_loss", data.loss_features)):
-            if extractor is not None:
-                scale = (lambda x: (x + 1) / 2) if name == "_loss" else (lambda x: x)
-                held_out, sampled = (image_metrics.features(extractor, scale(x)) for x in (real, samples))
-                found = image_metrics.feature_metrics(held_out, sampled)
-                figures |= found if not name else {f"frechet{name}": found["frechet"]}
-                if not name and labels is not None:
-                    # Sample i has the label of held-out image i: such pairs are not independent.
-                    pairs = torch.arange(n)
-                    figures["kernel"] = mmd_ddm.distance(sampled, held_out, "cubic", (pairs, pairs)).item()
-        if data.classify is not None and labels is not None:
-            figures["accuracy"] = image_metrics.class_accuracy(data.classify, samples, labels)
-        return figures
+        return figures | image_figures(data, real, labels, samples)
 
     def exhibits(self, comparison: Comparison) -> list[Block]:
         blocks: list[Block] = []
@@ -379,7 +369,26 @@ class Finetuning:
         return blocks
 
 
-def _digits() -> Data:
+def image_figures(data: Data, real: Tensor, labels: Tensor | None, samples: Tensor) -> dict[str, float]:
+    """The figures of ``samples`` against as many held-out images ``real``, which have the same labels."""
+    figures: dict[str, float] = {}
+    for name, extractor in (("", data.judge), ("_pixels", data.pixels), ("_loss", data.loss_features)):
+        if extractor is not None:
+            scale = (lambda x: (x + 1) / 2) if name == "_loss" else (lambda x: x)
+            held_out, sampled = (image_metrics.features(extractor, scale(x)) for x in (real, samples))
+            found = image_metrics.feature_metrics(held_out, sampled)
+            figures |= found if not name else {f"frechet{name}": found["frechet"]}
+            if not name and labels is not None:
+                # Sample i has the label of held-out image i: such pairs are not independent.
+                pairs = torch.arange(len(samples))
+                figures["kernel"] = mmd_ddm.distance(sampled, held_out, "cubic", (pairs, pairs)).item()
+    if data.classify is not None and labels is not None:
+        figures["accuracy"] = image_metrics.class_accuracy(data.classify, samples, labels)
+    return figures
+
+
+def digits_data() -> Data:
+    """``digits``, judged in the features of classifier b; recipes may train on those of a."""
     a, b = digits.classifier("a"), digits.classifier("b")
     train = digits.images("train")
     return Data(
@@ -402,14 +411,14 @@ def _unit(features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return classifier_features
 
 
-def _own(s: Subject, source: str | None) -> Data:
+def own_data(source: str | None, channels: int | None, classes: bool | None) -> Data:
     """A user's images: two thirds to train on, one third held out, split the same way each time."""
     if source is None:
         raise InputError("data", source, "real images for this subject: a folder, .npz or .npy")
     path = Path(source).expanduser()
     if not path.exists():
         raise InputError("data", source, "a folder, .npz or .npy that exists")
-    images, labels = read_images(path, s.channels, s.classes)
+    images, labels = read_images(path, channels, classes)
     if len(images) < 48:
         raise InputError("data", f"{len(images)} images", "at least 48 images")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
@@ -459,7 +468,8 @@ def _stand_ins(data: Data, labels: Tensor | None, n: int, rng: Streams) -> Tenso
 @torch.no_grad()
 def _sample(pipe: Any, labels: Tensor | None, shape: tuple[int, ...], calls: int, rng: Streams) -> Tensor:
     """Samples in [-1, 1], clipped as a pipeline's images are."""
-    pipe = ClassConditionalPipeline(pipe.unet, pipe.scheduler, pipe.config.get("null_label"))
+    if not isinstance(pipe, ClassConditionalPipeline):
+        pipe = ClassConditionalPipeline(pipe.unet, pipe.scheduler, pipe.config.get("null_label"))
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(shape, generator=rng.torch("noise"))
     steps = most_steps(pipe.scheduler, calls)

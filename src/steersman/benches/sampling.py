@@ -418,7 +418,8 @@ def _scheduler(kind: Any, part: Part, h: Host) -> Any:
 
 def _noise_kind(scheduler: Any) -> str:
     """How noise is parametrised: a network trained with one kind is nonsense under another's scheduler."""
-    if "sigma_data" in scheduler.config:
+    # Its own settings: from_config also keeps those of the scheduler before it.
+    if "sigma_data" in inspect.signature(type(scheduler).__init__).parameters:
         return "edm"
     return "flow" if type(scheduler).__name__.startswith("FlowMatch") else "diffusion"
 

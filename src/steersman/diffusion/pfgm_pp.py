@@ -29,6 +29,7 @@ Design Space of Diffusion-Based Generative Models", NeurIPS 2022, arXiv:2206.003
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import time
 from abc import ABC, abstractmethod
@@ -649,11 +650,13 @@ class PFGMPPPipeline(ClassConditionalPipeline):
     def _kernel(self) -> PFGMPPKernel:
         """The kernel of the training, if the scheduler can sample for it."""
         kernel, config = PFGMPPKernel(self.config.D), self.scheduler.config
+        # Its own settings: from_config also keeps those of the scheduler before it.
+        own = inspect.signature(type(self.scheduler).__init__).parameters
         name, formulation = type(self.scheduler).__name__, self.config.formulation
-        if "sigma_data" not in config or config.get("formulation", "edm") != formulation:
+        if "sigma_data" not in own or (config["formulation"] if "formulation" in own else "edm") != formulation:
             allowed = "PFGMPPScheduler, or EDM's of diffusers" if formulation == "edm" else "PFGMPPScheduler"
             raise InputError("scheduler", name, f"one for a network of the formulation {formulation}: {allowed}")
-        if "D" in config and PFGMPPKernel(config["D"]) != kernel:
+        if "D" in own and PFGMPPKernel(config["D"]) != kernel:
             allowed = f"{kernel.D:g}, that of the noise which the network was trained on"
             raise InputError("D of the scheduler", config["D"], allowed)
         return kernel

@@ -122,7 +122,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:
             raise InputError("latents", tuple(latents.shape), f"of shape {shape}")
-        latents = self._start(latents.to(device, self.unet.dtype), generator)
 
         rows = None
         if y is not None:
@@ -131,6 +130,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self._guidance_scale = float(guidance_scale)
         times = self._times(num_inference_steps, timesteps, device)
         self._num_timesteps = len(times)
+        latents = self._start(latents.to(device, self.unet.dtype), generator)
         extra = self._step_arguments(generator, eta)
 
         with self.progress_bar(total=len(times)) as bar:

@@ -361,6 +361,11 @@ class SlotScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._returned: tuple[Tensor, int] | None = None
 
     @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The plan of the run: one slot a network evaluation."""
+        return tuple(self._slots)
+
+    @property
     def step_index(self) -> int | None:
         """The slot of the next ``step``; None before the first and after the last."""
         return self._step_index

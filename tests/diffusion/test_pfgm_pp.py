@@ -38,7 +38,7 @@ from steersman.diffusion.pfgm_pp import (
     train_pfgmpp,
 )
 from steersman.diffusion.solver import VE, integrate
-from steersman.errors import InputError
+from steersman.errors import InputError, TrialError
 from steersman.math.transport import sliced_wasserstein
 from tests.diffusion import tiny
 
@@ -602,6 +602,19 @@ def test_the_average_follows_edms_half_life():
     h = min(20, 0.05 * 29 * 24)
     last = (weights(made) - 0.5 ** (24 / h) * averaged) / (1 - 0.5 ** (24 / h))
     assert (last - seen[-1]).abs().max() < 0.02 and not torch.equal(weights(made), seen[-1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    """The official loop sets such gradients to 0 or 1e5 and goes on."""
+
+    class Fails(Perceptron):
+        def forward(self, sample, timestep, class_labels=None):
+            out = super().forward(sample, timestep).sample
+            self.calls = getattr(self, "calls", 0) + 1
+            return UNet2DOutput(sample=out * math.nan if self.calls == 3 else out)
+
+    with pytest.raises(TrialError, match="not finite at step 3"):
+        train_pfgmpp(points(), D=4, unet=Fails(), steps=5, batch_size=4)
 
 
 @pytest.mark.parametrize("formulation", ["edm", "ve", "ddpm"])

@@ -85,9 +85,9 @@ def dimension(D: Any) -> float:
 
 @dataclass(frozen=True)
 class PFGMPPKernel:
-    """The noise of PFGM++: Student-t with D degrees of freedom, in the module's chi-square form (eq. 5, Prop. 3.1).
+    """The noise of PFGM++: Student-t with D degrees of freedom, in the module's chi-square form.
 
-    The law of R = ‖x - y‖ is that of r √(B/(1 - B)) with B ~ Beta(N/2, D/2), from which the authors draw; the
+    The law of R = ‖x - y‖ is that of r √(B/(1 - B)) with B ~ Beta(N/2, D/2) (appendix B), as the authors draw it; the
     chi-square form has the same law for every real D, and nothing to clip. All noise of one seed is coupled over
     D: z and the quantile of w are shared.
 

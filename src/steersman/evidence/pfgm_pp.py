@@ -190,7 +190,7 @@ SW = "sliced_wasserstein"
 NOISE = ({"error": 0.0}, {"error": 0.4})
 RELATIVE = ({"relative": 0.0}, {"relative": 0.2})
 STEPS = ({"steps": 18}, {"steps": 5})
-SOURCE = "section 5.2: robustness"
+SOURCE = "section 6: robustness"
 CLAIMS = [
     Claim(
         "ring-noise",
@@ -232,7 +232,7 @@ CLAIMS = [
     Claim(
         "images-clean",
         "On a hundred images, the distance of D=64 without errors is at most 5% above that of EDM.",
-        "section 5.1: a finite D is as good or better",
+        "section 6: a finite D is as good or better",
         "images-noise",
         not_above(SW, SOME, {"error": 0.0}),
         -0.05,
@@ -240,7 +240,7 @@ CLAIMS = [
     Claim(
         "digits-clean",
         "A network trained with D=64 has a Frechet distance at most 10% above that of one trained with EDM.",
-        "section 5.1: a finite D is as good or better",
+        "section 6: a finite D is as good or better",
         "digits",
         not_above("frechet", SOME, {"error": 0.0, "bits": 32}),
         -0.1,

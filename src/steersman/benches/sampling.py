@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from steersman import catalog
 from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK4Scheduler
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
-from steersman.engine import subjects
+from steersman.engine import artefacts, subjects
 from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import Contender, Part, checked_knobs
 from steersman.engine.streams import Streams
@@ -118,6 +119,7 @@ class Host:
     parts: list[Part] = field(default_factory=list)
     scheduler: Any = None
     real: bool = False
+    recipe: Part | None = None
     installs: list[Any] = field(default_factory=list)
 
     @property
@@ -283,12 +285,39 @@ class Sampling:
             if h.scheduler is not None:
                 raise InputError("methods", h.label, "a contender with one sampler")
             h.scheduler = _scheduler(build, part, h)
+        elif hasattr(build, "mount"):
+            if h.pipe is not h.subject.pipe or len(h.parts) > 1:
+                raise InputError("methods", h.label, f"{part.id} first, and only one method that makes an artefact")
+            _split_knobs(part)
+            if subjects.resolve(h.subject.spec).kind != "reference" or h.subject.law is not None:
+                made = f"steersman apply {part.id} --subject {h.subject.spec} --input IMAGES --out FOLDER"
+                raise InputError("methods", str(part), f"the folder that {made} made (images for it aren't given here)")
+            h.recipe = part
         elif hasattr(build, "install") and hasattr(build, "uninstall"):
             h.installs.append(build(**checked_knobs(build, part)))
         else:
             raise InputError("methods", part.id, "a sampler, or a method that installs itself on a pipeline")
         if h.real and len(h.parts) > 1:
             raise InputError("methods", h.label, "the part real alone")
+
+    def _fitted(self, h: Host, part: Part, rng: Streams, log: TrialLog) -> Any:
+        """The pipeline of a method that makes an artefact first, from the reference subject's training images."""
+        card = catalog.card(part.id)
+        settings, knobs = _split_knobs(part)
+        found = subjects.resolve(h.subject.spec)
+
+        def make(folder: Path) -> None:
+            with tempfile.TemporaryDirectory() as temporary:
+                images = subjects.write_images(found, Path(temporary))
+
+                def say(line: str) -> None:
+                    log.progress(0, 1, line)
+
+                seed = rng.seed("fit") % 2**31
+                artefacts.function_of(card, "apply")(found.path, images, folder, seed=seed, log=say, **settings)
+
+        folder = log.fits.get({"method": part.id, "settings": settings, "seed": rng.base}, make)
+        return card.load().mount(h.subject.pipe, folder, **knobs)
 
     def _artefact(self, s: Subject, part: Part) -> Any:
         """The pipeline that an artefact folder is, or that it makes of the subject's."""
@@ -306,6 +335,8 @@ class Sampling:
         s, n, data = h.subject, setting["samples"], self._data(h.subject, setting)
         labels = _labels(s, data, setting, rng)
         figures: dict[str, float] = {}
+        if h.recipe is not None:
+            h.pipe = self._fitted(h, h.recipe, rng, log)
         if h.real:
             samples = _stand_ins(s, data, labels, setting, rng)
         else:
@@ -320,7 +351,9 @@ class Sampling:
             scheduler.set_timesteps(steps)
             figures["calls_used"] = len(scheduler.timesteps)
             wanted = setting["trajectory"]
-            if wanted or (wanted is None and (s.kind == "points" or data is None)):
+            # What starts elsewhere than in the noise has no trajectory from it.
+            whole = not hasattr(h.pipe, "plan")
+            if whole and (wanted or (wanted is None and (s.kind == "points" or data is None))):
                 fine = _fine_trajectory(h, float(scheduler.timesteps[0]), labels, rng, log)
                 figures["trajectory_error"] = image_metrics.endpoint_error(samples[: len(fine)], fine)
         if s.law is not None:
@@ -414,6 +447,15 @@ def _scheduler(kind: Any, part: Part, h: Host) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError("methods", str(part), f"settings that {kind.__name__} takes ({reason})") from error
+
+
+def _split_knobs(part: Part) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A part's knobs for its method's ``apply``, and for its ``mount``."""
+    card = catalog.card(part.id)
+    mounting = inspect.signature(card.load().mount).parameters
+    knobs = {name: value for name, value in part.knobs.items() if name in mounting}
+    rest = {name: value for name, value in part.knobs.items() if name not in mounting}
+    return artefacts.check_settings(card, artefacts.function_of(card, "apply"), rest), knobs
 
 
 def _noise_kind(scheduler: Any) -> str:

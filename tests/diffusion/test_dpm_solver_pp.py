@@ -29,6 +29,7 @@ from steersman.diffusion.dpm_solver_pp import (
     singlestep_orders,
     update,
 )
+from steersman.diffusion.mmd_ddm import UnrolledSampler
 from steersman.diffusion.pipelines import ClassConditionalPipeline
 from steersman.diffusion.scheduler import alphas_cumprod
 from steersman.diffusion.solver import (
@@ -172,7 +173,7 @@ ORDERS = {
     "1": (1, lambda **k: DPMSolverPP(P, 1, **k)),
     "2M": (2, lambda **k: DPMSolverPP(P, 2, **k)),
     "2S": (2, lambda **k: DPMSolverPP(P, 2, "singlestep", lower_order_final=False, **k)),
-    "3S": (3, lambda **k: DPMSolverPP(P, 3, "singlestep", lower_order_final=False, **k)),
+    "3S": (3, lambda **k: DPMSolverPP(P, 3, "singlestep", lower_order_final=False, compat=False, **k)),
     "3S as published": (3, lambda **k: DPMSolverPP(P, 3, "singlestep", lower_order_final=False, **k)),
     "3M": (3, lambda **k: DPMSolverPP(P, 3, compat=False, **k)),
     "3M as published": (2, lambda **k: DPMSolverPP(P, 3, **k)),
@@ -186,8 +187,8 @@ def test_order_of_convergence(name, solver_type, algorithm, exact):
     """Global error halves by 2**order: the published third-order multistep is of second order."""
     order, make = ORDERS[name]
     solver = make(solver_type=solver_type, algorithm_type=algorithm)
-    errors = [(integrate(solver, ideal(P), STARTS, even(n)).x - exact).abs().mean() for n in (480, 960, 1920)]
-    assert slopes(errors) == pytest.approx([order] * 2, abs=0.05 if order == 1 else 0.1)
+    errors = [(integrate(solver, ideal(P), STARTS, even(n)).x - exact).abs().mean() for n in (480, 960)]
+    assert slopes(errors) == pytest.approx([order], abs=0.05 if order == 1 else 0.1)
 
 
 def test_a_third_order_multistep_that_starts_with_order_one_is_of_order_two(exact):
@@ -1078,3 +1079,33 @@ def test_guided_classes_come_out_right(guidance):
     points = out.images[:, :, 0, 0]
     angle = torch.atan2(points[:, 1], points[:, 0])
     assert torch.equal((angle / (math.pi / 4)).round().long() % 8, labels)
+
+
+def test_mmd_ddm_tunes_a_network_through_it():
+    """Unrolled and differentiated; the derivative along the gradient is that of finite differences."""
+    torch.manual_seed(0)
+    unet = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)).double()
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = unet
+
+        def forward(self, x, t):
+            return self.inner(x) + t[:, None] / 1000
+
+    noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for order, method in itertools.product((1, 2, 3), METHODS):
+        chain = UnrolledSampler(
+            Network(), diffusers.DDPMScheduler(), 6, solver=lambda p, o=order, m=method: DPMSolverPP(p, o, m)
+        )
+        weight = unet[0].weight
+        (gradient,) = torch.autograd.grad(chain(noise).square().mean(), [weight])
+        with torch.no_grad():
+            h = 1e-6 / gradient.norm()
+            ends = []
+            for sign in (1, -1):
+                weight += sign * h * gradient
+                ends.append(chain(noise).square().mean().item())
+                weight -= sign * h * gradient
+        assert (ends[0] - ends[1]) / (2 * h.item()) == pytest.approx(gradient.square().sum().item(), rel=1e-5)

@@ -1,13 +1,16 @@
 """PFGM++'s claims: a finite D costs nothing when all is well, and loses less when the network or the steps err.
 
-The paper's gain in clean samples (0.07 in Frechet inception distance on CIFAR-10) is far below what can be seen here.
-Its claims of robustness can be seen without a network: on finitely many data the ideal denoiser is known for every D,
-and errors of a known size can be added. ``ring`` is six points of the plane, ``images`` a hundred digits (64
-dimensions). ``digits`` trains one small network per D and fit, at equal budget, and perturbs what was trained. EDM is
-the same code with D = ∞: networks, batches, noise levels, z and the quantile of w are shared by all D.
+The paper's gain in clean samples (0.07 in Frechet inception distance on CIFAR-10) is far below what can be seen
+here. Its claims of robustness can be seen without a network: on finitely many data the ideal denoiser is known for
+every D, and errors of a known size can be added. ``plane`` is 200 points of a ring of unequal modes, ``images`` a
+hundred digits (64 dimensions). ``digits`` trains one small network per D and fit, at equal budget, and perturbs what
+was trained. EDM is the same code with D = ∞: networks, batches, noise levels, z and the quantile of w are shared by
+all D.
 
-Errors are judged by how much they add to the same contender's own distance without them. The learning rate was chosen
-between two on a seed that is not used here, and made no difference.
+Errors are judged by how much they add to the same contender's own distance without them. A pilot on seeds that are
+not used here changed two things, by what errors do to EDM alone: points that lie symmetrically became the plane's
+(on a symmetric ring nothing adds up), and 5 bits, the least that the authors try, became 3 (5 change nothing in so
+small a network). The learning rate was chosen between two on another seed, and made no difference.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.evidence.study import Study
 from steersman.math.transport import sliced_wasserstein
-from steersman.reference import digits
+from steersman.reference import digits, gaussians
 
 if TYPE_CHECKING:
     from steersman.engine.bench import Setting, TrialLog
 
 EDM, FEW, SOME = "edm", "pfgm-pp:D=4", "pfgm-pp:D=64"
-POINTS = {"gaussians": 6, "digits": 100}
+PLANE, POINTS = "gaussians:ring-unequal", {"plane": 200, "images": 100}
 
 
 # ------------------------------------------------------------------ without a network
@@ -57,12 +60,12 @@ class IdealDenoiser:
     - ``relative``: at each call D* += relative · ‖D*‖/√N ε;
     - ``steps``: of EDM's grid.
 
-    Judged by the sliced Wasserstein distance (of order 1, which heavy tails leave finite) to as many draws of the data.
+    Judged by the sliced Wasserstein distance (of order 1, which heavy tails leave finite) to the data themselves.
     """
 
     id = "ideal-denoiser"
     shape: Shape = "Problem"
-    default_subject = "gaussians"
+    default_subject = PLANE
     headline = ("sliced_wasserstein", "steps")
     knobs: Mapping[str, Knob] = {
         "steps": Knob(int, (18,), "steps of Heun's method", low=1, high=1000),
@@ -71,14 +74,13 @@ class IdealDenoiser:
         "samples": Knob(int, 4000, "samples", low=2, sweep=False),
     }
     figures: Mapping[str, Figure] = {
-        "sliced_wasserstein": Figure("", "lower", "quality", "sliced Wasserstein-1 distance to draws of the data"),
+        "sliced_wasserstein": Figure("", "lower", "quality", "sliced Wasserstein-1 distance to the data"),
     }
 
     def subject(self, spec: str) -> Tensor:
         if spec == "digits":
-            return digits.images("train")[0][: POINTS[spec]].flatten(1).double()
-        angles = torch.arange(POINTS[spec], dtype=torch.float64) * 2 * torch.pi / POINTS[spec]
-        return 0.8 * torch.stack([angles.cos(), angles.sin()], 1)
+            return digits.images("train")[0][: POINTS["images"]].flatten(1).double()
+        return gaussians.mixture(spec).sample(POINTS["plane"], Streams(0).torch("plane"), torch.float64)[0]
 
     def baselines(self) -> list[str]:
         return [EDM]
@@ -119,8 +121,7 @@ class IdealDenoiser:
             if setting["error"]:
                 x = x + setting["error"] * grid[i] * torch.randn(x.shape, generator=g, dtype=x.dtype)
             x = integrate(Heun(VE()), denoiser, x, grid[i : i + 2]).x
-        draws = data[torch.randint(len(data), (n,), generator=rng.torch("data"))]
-        return {"sliced_wasserstein": sliced_wasserstein(x, draws, 1.0, generator=rng.torch("directions")).item()}
+        return {"sliced_wasserstein": sliced_wasserstein(x, data, 1.0, generator=rng.torch("directions")).item()}
 
     def exhibits(self, comparison: Comparison) -> list[Any]:
         return []
@@ -135,7 +136,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     swept = ("1", "4", "32", "64", "128", "2048") if full else ("4", "64")
     contenders = (EDM, *(f"pfgm-pp:D={D}" for D in swept))
     errors, relative, steps = ([0, 0.1, 0.2, 0.4], [0, 0.1, 0.2], [5, 9, 18]) if full else ([0, 0.4], [0, 0.2], [5, 18])
-    ideal, samples = IdealDenoiser(), {"ring": ("gaussians", 4000), "images": ("digits", 1000)}
+    ideal, samples = IdealDenoiser(), {"plane": (PLANE, 4000), "images": ("digits", 1000)}
     found = {}
     for name, (subject, n) in samples.items():
         found[f"{name}-noise"] = Study(ideal, contenders, subject, {"error": errors, "samples": n}, seeds=10)
@@ -148,7 +149,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
         "digits",
         {
             "calls": 19,
-            "bits": [5, 6, 32] if full else [5, 32],
+            "bits": [3, 4, 5, 32] if full else [3, 32],
             "error": [0, 0.1, 0.2] if full else [0, 0.2],
             "steps": 600 if full else 200,
             "samples": 597 if full else 200,
@@ -158,20 +159,15 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     return found
 
 
-def rise(c: Comparison, figure: str, contender: str, clean: Mapping[str, Any], worse: Mapping[str, Any]) -> Any:
-    """How much a contender's figure rises from one setting to another, by seed."""
-    before, after = c.values(figure, contender, **clean), c.values(figure, contender, **worse)
-    return {seed: after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())}
-
-
 def less_rise(
-    figure: str, contender: str, clean: Mapping[str, Any], worse: Mapping[str, Any]
+    figure: str, contender: str, clean: Mapping[str, Any], worse: Mapping[str, Any], share: float = 0.0
 ) -> Callable[[Comparison], Effects]:
-    """The share by which a contender's rise is below EDM's, seed by seed: 1 - rise/rise of EDM."""
+    """(1 - share) of EDM's rise from one setting to another, less the contender's own, seed by seed."""
 
     def effects(c: Comparison) -> Effects:
-        ours, theirs = (rise(c, figure, name, clean, worse) for name in (contender, EDM))
-        return Effects(np.array([1 - ours[s] / theirs[s] for s in sorted(ours.keys() & theirs.keys())]))
+        before, after = c.paired(figure, contender, EDM, **clean), c.paired(figure, contender, EDM, **worse)
+        ours, theirs = (b - a for a, b in zip(before, after, strict=True))
+        return Effects((1 - share) * theirs - ours)
 
     return effects
 
@@ -193,19 +189,17 @@ STEPS = ({"steps": 18}, {"steps": 5})
 SOURCE = "section 6: robustness"
 CLAIMS = [
     Claim(
-        "ring-noise",
-        "On six points of the plane, noise of 0.4 before each step adds over 10% less to the distance of D=4 than of "
-        "EDM.",
+        "plane-noise",
+        "In the plane, noise of 0.4 before each step adds over 10% less to the distance of D=4 than of EDM.",
         f"{SOURCE} to estimation error",
-        "ring-noise",
-        less_rise(SW, FEW, *NOISE),
-        0.1,
+        "plane-noise",
+        less_rise(SW, FEW, *NOISE, share=0.1),
     ),
     Claim(
-        "ring-noise-64",
-        "On six points of the plane, noise of 0.4 before each step adds less to the distance of D=64 than of EDM.",
+        "plane-noise-64",
+        "In the plane, noise of 0.4 before each step adds less to the distance of D=64 than of EDM.",
         f"{SOURCE} to estimation error",
-        "ring-noise",
+        "plane-noise",
         less_rise(SW, SOME, *NOISE),
     ),
     Claim(
@@ -257,10 +251,10 @@ CLAIMS = [
     ),
     Claim(
         "digits-bits",
-        "Weights of 5 bits add less to the Frechet distance of D=64 than of EDM.",
+        "Weights of 3 bits add less to the Frechet distance of D=64 than of EDM.",
         f"{SOURCE} to quantisation after training",
         "digits",
-        less_rise("frechet", SOME, {"error": 0.0, "bits": 32}, {"error": 0.0, "bits": 5}),
+        less_rise("frechet", SOME, {"error": 0.0, "bits": 32}, {"error": 0.0, "bits": 3}),
         0.0,
         "fit",
     ),

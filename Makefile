@@ -15,7 +15,7 @@ demo: .venv/.run ## compare decoders and samplers on the reference models; print
 	@rm -rf runs/demo
 	@$(BIN)/python -m steersman compare decoding --methods greedy,momentum-decoding,no-repeat-ngram,nucleus \
 	  --count 8 --new-tokens 48 --seeds 5 --out runs/demo/decoding
-	@$(BIN)/python -m steersman compare sampling --subject digits --methods ddim,pndm,pndm:variant=s-pndm \
+	@$(BIN)/python -m steersman compare sampling --subject digits --methods ddim,pndm,dpm-solver-pp \
 	  --calls 5,10,20 --samples 128 --seeds 5 --out runs/demo/sampling
 
 test: .venv/.dev ## every test
@@ -40,7 +40,7 @@ readme: .venv/.dev ## the README's table, from the cards
 picture: .venv/.dev ## the README's picture, from a comparison that it runs
 	@rm -rf runs/picture
 	OMP_NUM_THREADS=1 $(BIN)/python -m steersman compare sampling --subject digits --seeds 5 --samples 256 --calls 5,10,20 \
-	  --methods ddim,pndm,pndm:variant=s-pndm,DPMSolverMultistepScheduler --out runs/picture
+	  --methods ddim,pndm,dpm-solver-pp,UniPCMultistepScheduler --out runs/picture
 	$(BIN)/python docs/picture.py runs/picture
 
 evidence: .venv/.dev ## judge every method's claims anew and write evidence/results/ (METHODS="a b", SCALE=quick, SEED=0)

@@ -762,6 +762,9 @@ def test_churn_is_refused():
         ({"images": torch.rand(4, 8, 8)}, "images"),
         ({"images": 2 * torch.rand(4, 1, 8, 8)}, "images"),
         ({"formulation": "vp"}, "formulation"),
+        ({"unet": Perceptron()}, "of 4 labels, the null label last"),
+        ({"unet": Perceptron(num_class_embeds=4), "labels": None}, "without labels"),
+        ({"unet": Perceptron(in_channels=3)}, "of 1 channels"),
     ],
 )
 def test_bad_trainings_are_refused(changed, text):

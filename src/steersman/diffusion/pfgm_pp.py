@@ -769,6 +769,7 @@ def train_pfgmpp(
     null = None if classes is None else classes
     if unet is None:
         unet = _network(images.shape[1:], None if classes is None else classes + 1, width, dropout, seed)
+    _check_network(unet, images, classes)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net: Any = unet
     net.to(where).train().requires_grad_(True)
@@ -835,6 +836,20 @@ def _check_data(images: Tensor, labels: Tensor | None) -> int | None:
     if int(labels.min()) < 0:
         raise InputError("labels", int(labels.min()), "whole numbers from 0")
     return int(labels.max()) + 1
+
+
+def _check_network(unet: Any, images: Tensor, classes: int | None) -> None:
+    """Refuse a network that has other channels, or other labels, than the data."""
+    config = unet.config
+    if config.in_channels != images.shape[1] or config.out_channels != images.shape[1]:
+        allowed = f"of {images.shape[1]} channels, as the images"
+        raise InputError("unet", f"{config.in_channels} to {config.out_channels} channels", allowed)
+    embeds = config.num_class_embeds
+    if (classes is None) != (embeds is None) or (classes is not None and embeds < classes + 1):
+        allowed = (
+            "without labels, as the images" if classes is None else f"of {classes + 1} labels, the null label last"
+        )
+        raise InputError("unet", f"{embeds or 'no'} labels", allowed)
 
 
 def _network(shape: Sequence[int], embeds: int | None, width: int, dropout: float, seed: int) -> UNet2DModel:

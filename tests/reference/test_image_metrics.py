@@ -148,3 +148,21 @@ def test_trajectory_from_a_lower_start_is_another_one():
 def test_refuses(call, named):
     with pytest.raises(InputError, match=rf"^{named}="):
         call()
+
+
+def test_mixture_ratio_counts_images_with_two_likely_classes():
+    p = torch.tensor([[0.98, 0.01, 0.01], [0.5, 0.3, 0.2], [0.78, 0.21, 0.01], [0.81, 0.19, 0.0]])
+    images = torch.arange(4.0)[:, None, None, None]
+    assert im.mixture_ratio(lambda x: p[x.flatten().long()].log(), images) == 0.5
+    with pytest.raises(InputError, match=r"threshold=0\.6"):
+        im.mixture_ratio(lambda x: x.flatten(1), images, 0.6)
+
+
+def test_novelty_tells_copies_repeats_and_new_points():
+    bank = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    samples = torch.tensor([[0.0, 0.0], [0.0, 0.1], [4.0, 1.0], [2.0, 2.0]])
+    found = im.novelty(samples, bank)
+    assert found["nearest"] == pytest.approx((0 + 0.1 + 1 + 8**0.5) / 4 / 4)
+    assert found["near_copies"] == 0.75 and found["repeats"] == 0.5
+    with pytest.raises(InputError, match="samples"):
+        im.novelty(samples, torch.zeros(3, 5))

@@ -108,6 +108,41 @@ def class_accuracy(classifier: Callable[[Tensor], Tensor], images: Tensor, label
     return (classifier(images).argmax(1) == labels.to(images.device)).double().mean().item()
 
 
+@torch.no_grad()
+def mixture_ratio(classifier: Callable[[Tensor], Tensor], images: Tensor, threshold: float = 0.2) -> float:
+    """Share of images that are mixtures: two or more classes have a probability of at least ``threshold``.
+
+    Args:
+        classifier: images (N, C, H, W) -> logits.
+        threshold: above 0, at most 1/2.
+    """
+    if not 0 < threshold <= 0.5:
+        raise InputError("threshold", threshold, "a number above 0, at most 0.5")
+    likely = classifier(images).softmax(1) >= threshold
+    return (likely.sum(1) >= 2).double().mean().item()
+
+
+def novelty(samples: Tensor, bank: Tensor) -> dict[str, float]:
+    """How far samples (n, ...) are from the items (M, ...) that a sampler holds, and from each other.
+
+    Returns:
+        ``nearest``: mean distance to the nearest item, over the mean distance of an item to its nearest other;
+        ``near_copies``: share of samples nearer to an item than half that item's distance to its nearest other;
+        ``repeats``: share of samples that have another sample within a tenth of the items' mean distance.
+    """
+    x, y = samples.flatten(1).double(), bank.flatten(1).double()
+    if x.shape[1] != y.shape[1] or len(x) < 2 or len(y) < 2:
+        raise InputError("samples", tuple(samples.shape), f"at least two, of the bank's shape {tuple(bank.shape[1:])}")
+    apart = torch.cdist(y, y).fill_diagonal_(float("inf")).min(1).values
+    near, item = torch.cdist(x, y).min(1)
+    own = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(float("inf")).min(1).values
+    return {
+        "nearest": (near.mean() / apart.mean()).item(),
+        "near_copies": (near < 0.5 * apart[item]).double().mean().item(),
+        "repeats": (own < 0.1 * apart.mean()).double().mean().item(),
+    }
+
+
 def trajectory(pipe: Any, latents: Tensor, *, start: int | None = None, stride: int = 1, **arguments: Any) -> Tensor:
     """Where ``latents`` go along the model's own probability flow: DDIM at (by default) every training time.
 

@@ -95,7 +95,7 @@ def method_page(card: Card) -> str:
             f"{card.summary}\n",
             f"{source} [{paper['url']}]({paper['url']})\n",
             "\n".join(["```console", *commands, "```", ""]),
-            card.text.replace("<!-- evidence -->", evidence),
+            card.text.replace("<!-- evidence -->", evidence).replace("(../../../docs/", "(../"),
             "## Cite",
             "",
             f"```bibtex\n{card.bibtex.strip()}\n```",

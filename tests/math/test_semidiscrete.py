@@ -150,7 +150,7 @@ def test_same_generator_same_heights_and_progress():
     y = points(16, 3)
     a = fit(y, generator=generator(3), progress=lambda *facts: seen.append(facts))
     assert torch.equal(a.h, fit(y, generator=generator(3)).h)
-    assert [i for i, _, _ in seen] == list(range(1, a.iterations + 1)) and seen[-1][2] == a.draws
+    assert [i for i, _, _ in seen] == list(range(1, a.iterations + 1)) and 0 < seen[-1][2] <= a.draws
     assert len(a.history) == a.iterations
 
 

@@ -234,9 +234,8 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     both = (OT, RANDOM, FRESH, FRESH_RANDOM, CLEAN, "ddim", FAST, "real")
     ring, n = "gaussians:ring-sharp", 512 if full else 256
     found = {
-        "ring": Study(bench, both, ring, {"calls": [5, 10, 20], "samples": 500}),
+        "ring": Study(bench, both, ring, {"calls": [5, 10, 20], "samples": 500, "paths": 32}),
         "chain": Study(bench, ("ddim", FAST), ring, {"calls": [200], "samples": 500}),
-        "ring-paths": Study(bench, (OT, RANDOM, "ddim"), ring, {"calls": [5], "samples": 100, "paths": 32}),
         "digits": Study(bench, both, "digits", {"calls": [2, 5, 10, 20, 50] if full else [5], "samples": n}),
         "levels": Study(bench, (LOW, HIGH), "digits", {"calls": [5], "samples": n}),
         "digits-paths": Study(bench, (OT, RANDOM, "ddim"), "digits", {"calls": [5], "samples": 32, "paths": 8}),
@@ -347,7 +346,7 @@ CLAIMS = [
         "ring-paths",
         "Along a path through the noise outputs are less than half as rough as with a random index, on points.",
         HERE,
-        "ring-paths",
+        "ring",
         smaller("roughness", OT, RANDOM),
         math.log(2),
     ),

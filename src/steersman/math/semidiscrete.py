@@ -268,7 +268,8 @@ def fit(
 
     ``newton``: three stages. Heights that are right for a blurred maximum, E = ε log Σ exp((<x, y_i> + h_i)/ε),
     by h += ε log(ν/w) while ε halves down to the gap between neighbours; then damped Newton steps on the Laplacian
-    of the module's text, with ever more draws when they stall; then steps of gain 1/k, whose end averages all draws.
+    of the module's text, with ever more draws when they stall; then steps of gain 3/(2k), whose end
+    averages all draws.
 
     ``adam``: the published one, on the gradient w - ν alone, m = .9 m + .1 g, v = .999 v + .001 g²,
     h -= η m/(sqrt(v) + 1e-8), keeping the h at which |g| was least; after 50 iterations without gain (at most three
@@ -373,6 +374,11 @@ class _Fit:
         self.iterations = self.used = 0
         self.history: list[float] = []
 
+    @property
+    def checks(self) -> int:
+        """Draws that tell a residual of some percent from none."""
+        return max(100 * self.M, 200_000)
+
     # -------------------------------------------------------------- draws
 
     def draws(self, n: int) -> Tensor:
@@ -429,9 +435,12 @@ class _Fit:
             return
         self.blurred(limit, progress)
         n, enough = max(DRAWS * self.M, LEAST), self.M / tolerance**2
+        settled = max(
+            0.5 * self.M / n, 0.25 * tolerance**2
+        )  # where a step's prediction of the masses is near the truth
         at = self.count(self.h, n, curvature=True)
         recent, gain, stalls = [at], 1.0, 0
-        while self.iterations < limit and self.excess(at) > max(0.5 * self.M / n, 0.25 * tolerance**2):
+        while self.iterations < limit and self.excess(at) > settled:
             there = self.count(at.h - gain * self.newton_step(recent, at.w - self.ν), n, curvature=True)
             self.tell(self.excess(there), progress)
             if self.excess(there) < self.excess(at):
@@ -445,18 +454,20 @@ class _Fit:
                 at = self.count(at.h, n, curvature=True)
                 recent = [*recent[-3:], at]
         self.h = at.h - at.h.mean()
-        if self.excess(at) <= max(0.5 * self.M / n, 0.25 * tolerance**2):
-            self.averaged(at, recent, n, 1.5 * enough, limit, progress)
+        if self.excess(at) <= settled:
+            self.averaged(at, recent, n, tolerance, limit, progress)
 
     def averaged(
-        self, at: _Count, recent: list[_Count], n: int, enough: float, limit: int, progress: Progress | None
+        self, at: _Count, recent: list[_Count], n: int, tolerance: float, limit: int, progress: Progress | None
     ) -> None:
-        """Steps of gain 1/k: in effect an average over all their draws, until these are ``enough``."""
-        h, k, draws = at.h, 4, 0
+        """Steps of gain 3/(2k), in effect an average over all their draws: 3/2 M/tolerance², or more if need be."""
+        h, k, draws, enough = at.h, 6, 0, 1.5 * self.M / tolerance**2
         while self.iterations < limit:
-            h = h - self.newton_step(recent, at.w - self.ν) / k
-            if draws >= enough and k >= 8:
-                break
+            h = h - 1.5 / k * self.newton_step(recent, at.w - self.ν)
+            if draws >= enough and k >= 12:
+                if self.excess(self.count(h, self.checks)) <= tolerance**2:
+                    break
+                enough = 1.5 * draws
             at = self.count(h, n, curvature=True)
             recent = [*recent[-3:], at]
             draws, k = draws + at.n, k + 1
@@ -541,8 +552,7 @@ class _Fit:
     def result(self, tolerance: float, topk: int) -> SemiDiscreteMap:
         """The map in the user's coordinates, checked on draws that the fit did not use."""
         used = self.used
-        checked = max(100 * self.M, 200_000)
-        at = self.count(self.h, checked)
+        at = self.count(self.h, self.checks)
         residual = math.sqrt(max(self.excess(at), 0.0))
         x = self.draws(max(DRAWS * self.M, LEAST)).double()[: 4 * LEAST]
         h = self.scale * self.h

@@ -344,15 +344,14 @@ class Sampling:
             if _noise_kind(scheduler) != _noise_kind(h.pipe.scheduler):
                 theirs, ours = type(h.pipe.scheduler).__name__, type(scheduler).__name__
                 raise Inapplicable(f"{ours} is for another kind of noise than the pipeline's {theirs}")
-            steps = _steps(scheduler, setting["calls"])
+            # What starts elsewhere than in the noise plans by calls, and has no trajectory from the noise.
+            whole = not hasattr(h.pipe, "plan")
+            steps = _steps(scheduler, setting["calls"]) if whole else setting["calls"]
+            figures["calls_used"] = _calls(h.pipe, scheduler, steps)
             started = time.perf_counter()
             samples = _sample(h, scheduler, steps, labels, rng, log)
             figures["seconds_per_sample"] = (time.perf_counter() - started) / n
-            scheduler.set_timesteps(steps)
-            figures["calls_used"] = len(scheduler.timesteps)
             wanted = setting["trajectory"]
-            # What starts elsewhere than in the noise has no trajectory from it.
-            whole = not hasattr(h.pipe, "plan")
             if whole and (wanted or (wanted is None and (s.kind == "points" or data is None))):
                 fine = _fine_trajectory(h, float(scheduler.timesteps[0]), labels, rng, log)
                 figures["trajectory_error"] = image_metrics.endpoint_error(samples[: len(fine)], fine)
@@ -484,6 +483,18 @@ def _steps(scheduler: Any, calls: int) -> int:
         least = len(scheduler.timesteps)
     why = f"it needs at least {least}" if least is not None else reason
     raise Inapplicable(f"{type(scheduler).__name__} has no plan for {calls} network calls ({why})")
+
+
+def _calls(pipe: Any, scheduler: Any, steps: int) -> int:
+    """Network calls of a run."""
+    if hasattr(pipe, "plan"):
+        with _scheduled(pipe, scheduler):
+            try:
+                return 0 if pipe.lookup_only else len(pipe.plan(steps))
+            except InputError as error:
+                raise Inapplicable(str(error)) from error
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
 
 
 def _labels(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Any:
@@ -686,18 +697,26 @@ def _sample(h: Host, scheduler: Any, steps: int, labels: Any, rng: Streams, log:
 @contextmanager
 def _prepared(h: Host, scheduler: Any) -> Iterator[None]:
     """The pipeline with a scheduler and what installs itself; afterwards as it was."""
-    own = h.pipe.scheduler
     installed = []
+    with _scheduled(h.pipe, scheduler):
+        try:
+            for method in h.installs:
+                method.install(h.pipe)
+                installed.append(method)
+            yield
+        finally:
+            for method in reversed(installed):
+                method.uninstall()
+
+
+@contextmanager
+def _scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
+    own = pipe.scheduler
+    pipe.scheduler = scheduler
     try:
-        h.pipe.scheduler = scheduler
-        for method in h.installs:
-            method.install(h.pipe)
-            installed.append(method)
         yield
     finally:
-        for method in reversed(installed):
-            method.uninstall()
-        h.pipe.scheduler = own
+        pipe.scheduler = own
 
 
 class _Watch:
@@ -718,6 +737,8 @@ class _Watch:
 
     def verify(self) -> None:
         self.done += 1
+        if not self.finite:
+            return
         for i, good in enumerate(torch.stack(self.finite).tolist()):
             if not good:
                 times = self.h.pipe.scheduler.timesteps

@@ -256,8 +256,6 @@ class DPMSolverPP(Solver[DPMState]):
 
     def check(self, times: Sequence[float]) -> None:
         p = self.process
-        if len(times) - 1 < self.order:
-            raise InputError("num_inference_steps", len(times) - 1, f"at least {self.order} for order={self.order}")
         if not self.of_data and math.isinf(p.log_snr(times[-1])):
             raise InputError(
                 "algorithm_type",
@@ -271,6 +269,8 @@ class DPMSolverPP(Solver[DPMState]):
                 self.algorithm_type,
                 f"dpmsolver++ or sde-dpmsolver++ for a run from t={times[0]:g}, where there is no signal (alpha = 0)",
             )
+        if len(times) - 1 < self.order:
+            raise InputError("num_inference_steps", len(times) - 1, f"at least {self.order} for order={self.order}")
 
     def steps(self, times: Sequence[float]) -> list[Step]:
         n = len(times) - 1

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -448,8 +449,8 @@ class DPMOTPipeline:
 
     Called as the wrapped pipeline is (``ClassConditionalPipeline``, ``StableDiffusionPipeline``, or any that takes
     ``latents``, ``num_inference_steps`` and ``generator``), with its scheduler: ours, or one of diffusers' for
-    variance-preserving processes that takes a list of timesteps (``DPMSolverMultistepScheduler``) or
-    whose own grid meets the map's timestep (``DDIMScheduler``).
+    variance-preserving processes that takes a list of timesteps (``DPMSolverMultistepScheduler``, ``DDPMScheduler``;
+    in ``DDIMScheduler``'s place ours runs, with its settings).
 
     - ``latents`` are standard normal, and are looked up;
     - ``num_inference_steps`` is the number of network calls after the lookup; 0 returns the bank's clean items;
@@ -551,10 +552,9 @@ class DPMOTPipeline:
         self._check_scheduler()
         if calls == 0:
             return torch.zeros(0)
-        times = _lay_out(self.scheduler, self.map.timestep, calls)
-        with _laid_out(self.scheduler, times):
-            self.scheduler.set_timesteps(len(times))
-        return self.scheduler.timesteps
+        sampler = self._sampler()
+        _lay_out(sampler, self.map.timestep, calls)
+        return sampler.timesteps
 
     @torch.no_grad()
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -599,12 +599,22 @@ class DPMOTPipeline:
             given["labels"] = self.map.labels[index]
         given.pop("batch_size", None)
         latents = self.map.latents(index, self.renoise, generator).to(noise.device, self.pipe.unet.dtype)
-        times = _lay_out(self.scheduler, self.map.timestep, calls)
         self._check_scheduler()
-        with _laid_out(self.scheduler, times):
-            return self.pipe(**given, latents=latents, num_inference_steps=len(times))
+        own, sampler = self.pipe.scheduler, self._sampler()
+        times = _lay_out(sampler, self.map.timestep, calls)
+        try:
+            self.pipe.scheduler = sampler
+            with _laid_out(sampler, times):
+                return self.pipe(**given, latents=latents, num_inference_steps=len(times))
+        finally:
+            self.pipe.scheduler = own
 
     # -------------------------------------------------------------- pieces
+
+    def _sampler(self) -> Any:
+        """The scheduler; for diffusers' DDIM, which takes no list of timesteps, ours of the same settings."""
+        own: Any = self.pipe.scheduler
+        return DDIMScheduler.from_config(own.config) if type(own) is diffusers.DDIMScheduler else own
 
     def _asked(self, given: dict[str, Any]) -> tuple[Tensor | None, int]:
         """Labels (B,) that are asked for, if any, and B."""
@@ -687,20 +697,8 @@ def _lay_out(scheduler: Any, k: int, calls: int) -> list[float]:
         reason = f" ({' '.join(str(error).split())})" if error is not None else ""
         name = type(scheduler).__name__
         raise InputError("num_inference_steps", calls, f"more, for {name} from timestep {k}{reason}")
-    best: list[float] = []
-    if not hasattr(scheduler, "sigmas"):
-        for n in range(1, scheduler.config.num_train_timesteps + 1):
-            type(scheduler).set_timesteps(scheduler, n)
-            times = [float(t) for t in scheduler.timesteps.tolist()]
-            tail = times[times.index(k) :] if k in times else []
-            if len(best) < len(tail) <= calls:
-                best = tail
-            if len(best) == calls:
-                break
-    if not best:
-        allowed = "one that takes a list of timesteps (all of steersman's; DPMSolverMultistepScheduler)"
-        raise InputError("scheduler", type(scheduler).__name__, f"{allowed}, or whose own grid meets timestep {k}")
-    return best
+    allowed = "one that takes a list of timesteps (all of steersman's; diffusers' DDIM, DDPM, DPMSolverMultistep)"
+    raise InputError("scheduler", type(scheduler).__name__, allowed)
 
 
 def _takes_times(scheduler: Any) -> bool:
@@ -709,17 +707,8 @@ def _takes_times(scheduler: Any) -> bool:
 
 def _set(scheduler: Any, times: Sequence[float], device: Any = None) -> None:
     """The scheduler laid out over ``times``."""
-    kind = type(scheduler)
-    if _takes_times(scheduler):
-        kind.set_timesteps(scheduler, timesteps=[int(t) if t == int(t) else t for t in times], device=device)
-        return
-    for n in range(1, scheduler.config.num_train_timesteps + 1):
-        kind.set_timesteps(scheduler, n, device=device)
-        tail = scheduler.timesteps[-len(times) :]
-        if [float(t) for t in tail.tolist()] == list(times):
-            scheduler.timesteps = tail
-            return
-    raise InputError("timesteps", list(times), f"the end of one of {kind.__name__}'s own grids")
+    whole = [int(t) if t == int(t) else t for t in times]
+    type(scheduler).set_timesteps(scheduler, timesteps=whole, device=device)
 
 
 @contextmanager

@@ -374,10 +374,9 @@ class _Fit:
         self.iterations = self.used = 0
         self.history: list[float] = []
 
-    @property
-    def checks(self) -> int:
-        """Draws that tell a residual of some percent from none."""
-        return max(100 * self.M, 200_000)
+    def checks(self, tolerance: float) -> int:
+        """Draws that tell a residual of the tolerance from none: its square has the noise sqrt(2 M)/n."""
+        return int(max(100 * self.M, min(4 * math.sqrt(2 * self.M) / tolerance**2, 1e7)))
 
     # -------------------------------------------------------------- draws
 
@@ -465,7 +464,7 @@ class _Fit:
         while self.iterations < limit:
             h = h - 1.5 / k * self.newton_step(recent, at.w - self.ν)
             if draws >= enough and k >= 12:
-                if self.excess(self.count(h, self.checks)) <= tolerance**2:
+                if self.excess(self.count(h, self.checks(tolerance))) <= tolerance**2:
                     break
                 enough = 1.5 * draws
             at = self.count(h, n, curvature=True)
@@ -552,7 +551,7 @@ class _Fit:
     def result(self, tolerance: float, topk: int) -> SemiDiscreteMap:
         """The map in the user's coordinates, checked on draws that the fit did not use."""
         used = self.used
-        at = self.count(self.h, self.checks)
+        at = self.count(self.h, self.checks(tolerance))
         residual = math.sqrt(max(self.excess(at), 0.0))
         x = self.draws(max(DRAWS * self.M, LEAST)).double()[: 4 * LEAST]
         h = self.scale * self.h

@@ -15,7 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from steersman.diffusion import ClassConditionalPipeline, DDIMScheduler, HeunScheduler, PNDMScheduler
-from steersman.diffusion.dpm_ot import DPMOTPipeline, TransportMap, apply, probe, same_network
+from steersman.diffusion.dpm_ot import (
+    DPMOTPipeline,
+    TransportMap,
+    apply,
+    finetune_last_steps,
+    probe,
+    same_network,
+)
 from steersman.errors import InputError
 from steersman.math.semidiscrete import draw, fit
 from steersman.reference import digits, gaussians_model
@@ -379,6 +386,36 @@ def test_apply(small, tmp_path):
     for file in ("l.safetensors", "l.pt"):
         apply(tmp_path / "pipe", tmp_path / file, tmp_path / file[2:], size=6, maps="joint", tolerance=0.3)
         assert len(TransportMap.load(tmp_path / file[2:]).bank) == 6
+
+
+def test_finetuning_the_last_steps(small, tmp_path):
+    """Only the decoder moves, the loss falls, and the tuned network goes with the map."""
+    pipe, _ = small
+    pipe.save_pretrained(tmp_path / "pipe")
+    before = {name: p.clone() for name, p in pipe.unet.state_dict().items()}
+    np.savez(tmp_path / "i.npz", images=np.random.default_rng(0).random((12, 8, 8)), labels=np.arange(12) % 3)
+    facts = apply(tmp_path / "pipe", tmp_path / "i.npz", tmp_path / "a", finetune=3, maps="joint", tolerance=0.3)
+    assert facts["finetuning_loss"] > 0
+    tuned = DPMOTPipeline.mount(pipe, tmp_path / "a")
+    moved = {name.split(".")[0] for name, p in tuned.unet.state_dict().items() if not torch.equal(p, before[name])}
+    assert moved == {"up_blocks", "conv_norm_out", "conv_out"}
+    assert all(torch.equal(p, before[name]) for name, p in pipe.unet.state_dict().items())
+    out = tuned(num_inference_steps=2, batch_size=2, generator=generator(), output_type="latent").images
+    plain = DPMOTPipeline(pipe, tuned.map)(
+        num_inference_steps=2, batch_size=2, generator=generator(), output_type="latent"
+    ).images
+    assert not torch.equal(out, plain)
+    images, labels = torch.rand(32, 1, 8, 8, generator=generator()) * 2 - 1, torch.arange(32) % 3
+    own = ClassConditionalPipeline(type(pipe.unet).from_pretrained(tmp_path / "pipe/unet"), pipe.scheduler, 3)
+    first, last = (
+        finetune_last_steps(own, images, labels, steps=n, learning_rate=3e-3, generator=generator()) for n in (1, 40)
+    )
+    assert last < 0.9 * first and all(p.requires_grad for p in own.unet.parameters())
+    for settings, named in (({"steps": 0}, "steps=0"), ({"learning_rate": 0.0}, "learning_rate"), ({}, "labels")):
+        with pytest.raises(InputError, match=named):
+            finetune_last_steps(own, images, None if not settings else labels, **settings)
+    with pytest.raises(InputError, match="UNet2DModel"):
+        finetune_last_steps(tiny.stable_diffusion(), images)
 
 
 def test_apply_refuses(small, tmp_path):

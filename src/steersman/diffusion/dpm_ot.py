@@ -22,6 +22,7 @@ ICCV 2023, arXiv:2307.11308.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -500,6 +501,10 @@ class DPMOTPipeline:
         if not same_network(self.map.network, probe(pipe.unet)):
             raise InputError("map", f"made with {self.map.network[0][:12]}", "made with this model (make it anew)")
         self._check_scheduler()
+        if not isinstance(map, TransportMap) and (Path(map) / "unet").is_dir():
+            self.pipe = copy.copy(pipe)  # whose network was tuned for these last steps, see finetune_last_steps
+            tuned = type(pipe.unet).from_pretrained(Path(map) / "unet")
+            self.pipe.unet = tuned.to(pipe.unet.device, pipe.unet.dtype).eval()
 
     @classmethod
     def mount(
@@ -613,8 +618,9 @@ class DPMOTPipeline:
 
     def _sampler(self) -> Any:
         """The scheduler; for diffusers' DDIM, which takes no list of timesteps, ours of the same settings."""
-        own: Any = self.pipe.scheduler
-        return DDIMScheduler.from_config(own.config) if type(own) is diffusers.DDIMScheduler else own
+        own = self.pipe.scheduler
+        config: Any = own.config
+        return DDIMScheduler.from_config(config) if type(own) is diffusers.DDIMScheduler else own
 
     def _asked(self, given: dict[str, Any]) -> tuple[Tensor | None, int]:
         """Labels (B,) that are asked for, if any, and B."""
@@ -670,6 +676,93 @@ class DPMOTPipeline:
 
 # Recorded under the room's name, where it is exported, not under this file's.
 DPMOTPipeline.__module__ = "steersman.diffusion"
+
+
+# ------------------------------------------------------------------ the last steps
+
+
+def finetune_last_steps(
+    pipe: Any,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    timestep: int | None = None,
+    steps: int = 500,
+    batch_size: int = 64,
+    learning_rate: float = 1e-5,
+    label_dropout: float = 0.1,
+    generator: torch.Generator | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> float:
+    """Train the network on, in place, at the noise levels that are left below the map's, with its encoder frozen.
+
+    The usual loss |target - network(α_t x + σ_t ε, t)|², t uniform from 0 to ``timestep``; the first half of the
+    network (input, embeddings, down and middle blocks) stays as it is. A tenth of the rate of training is usual.
+
+    Args:
+        pipe: with a ``UNet2DModel``.
+        images, labels, timestep: as in :meth:`TransportMap.from_images`.
+        steps, batch_size, learning_rate: of Adam.
+        label_dropout: share of labels replaced by the null label, where there is one.
+        generator: for batches, times and noise, on the CPU.
+        progress: gets a line now and then.
+
+    Returns:
+        the mean loss of the last tenth of the steps.
+    """
+    if not isinstance(getattr(pipe, "unet", None), diffusers.UNet2DModel):
+        raise InputError("pipe", type(pipe).__name__, "a pipeline whose unet is a UNet2DModel")
+    unet: Any = pipe.unet
+    scheduler: Any = pipe.scheduler
+    for name, count in (("steps", steps), ("batch_size", batch_size)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(name, count, "a whole number from 1")
+    if not 0 < learning_rate < math.inf:
+        raise InputError("learning_rate", learning_rate, "a finite number above 0")
+    _, k = _level(pipe, timestep)
+    x, y = _encoded(pipe, images), _checked_labels(pipe, labels, len(images))
+    if unet.config.num_class_embeds is not None and y is None:
+        raise InputError("labels", None, "given, as the network is class-conditional")
+    parameters = [
+        p for name, p in unet.named_parameters() if name.startswith(("up_blocks", "conv_norm_out", "conv_out"))
+    ]
+    flags, training, null = (
+        [(p, p.requires_grad) for p in unet.parameters()],
+        unet.training,
+        pipe.config.get("null_label"),
+    )
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    losses = []
+    try:
+        unet.eval().requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        for step in range(1, steps + 1):
+            rows = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator)
+            t = torch.randint(k + 1, (len(rows),), generator=generator)
+            ε = torch.randn(x[rows].shape, generator=generator)
+            abar = scheduler.alphas_cumprod[t].double()[:, None, None, None]
+            α, σ = abar.sqrt().float(), (1 - abar).sqrt().float()
+            target = {"epsilon": ε, "sample": x[rows], "v_prediction": α * ε - σ * x[rows]}[kind]
+            asked = {}
+            if y is not None:
+                dropped = torch.rand(len(rows), generator=generator) < (label_dropout if null is not None else 0.0)
+                asked["class_labels"] = torch.where(dropped, null or 0, y[rows]).to(unet.device)
+            noisy = (α * x[rows] + σ * ε).to(unet.device, unet.dtype)
+            out = unet(noisy, t.to(unet.device), **asked).sample
+            loss = (out.float() - target.to(unet.device)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if progress is not None and step % max(steps // 5, 1) == 0:
+                progress(f"step {step}/{steps}: loss {np.mean(losses[-max(steps // 5, 1) :]):.4g}")
+    finally:
+        unet.train(training)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+    return float(np.mean(losses[-max(steps // 10, 1) :]))
 
 
 # ------------------------------------------------------------------ timetables
@@ -824,6 +917,7 @@ def apply(
     method: Literal["newton", "adam"] = "newton",
     tolerance: float = 0.05,
     steps: int = 50,
+    finetune: int = 0,
 ) -> dict[str, Any]:
     """Make the map from noise onto a bank of latents of the pipeline ``subject``.
 
@@ -842,6 +936,8 @@ def apply(
         method: of the fit: newton or adam.
         tolerance: relative error of the cells' masses that is asked for.
         steps: network calls of a state.
+        finetune: train the network on for so many steps at the noise levels below the map's, with its encoder
+            frozen; it is saved beside the map, and used with it.
 
     Returns:
         dict: bank size, duplicates, the fit's residual and worst cell.
@@ -879,7 +975,20 @@ def apply(
             images, labels = images[rows], None if labels is None else labels[rows]
         made = TransportMap.from_images(pipe, images, labels, **shared)
     made.save(out)
-    return made.report()
+    facts = made.report()
+    if finetune:
+        # The bank's clean items are what there is to train on, of states as well.
+        facts["finetuning_loss"] = finetune_last_steps(
+            pipe,
+            made.clean,
+            made.labels,
+            timestep=made.timestep,
+            steps=finetune,
+            generator=generator,
+            progress=log,
+        )
+        pipe.unet.save_pretrained(out / "unet")
+    return facts
 
 
 def _read_bank(pipe: Any, source: Path | None) -> tuple[Tensor, Tensor | None]:

@@ -235,12 +235,13 @@ class TransportMap:
             raise InputError("maps", maps, f"one of {', '.join(MAPS)}")
         if source not in SOURCES:
             raise InputError("source", source, f"one of {', '.join(SOURCES)}")
-        labels = _checked_labels(pipe, labels, len(bank))
+        labels, device = _checked_labels(pipe, labels, len(bank)), getattr(pipe.unet, "device", "cpu")
         if labels is None and maps in ("class", "both"):
             raise InputError("maps", maps, "auto or joint (the bank has no labels)")
 
         def one(rows: Tensor, name: str) -> SemiDiscreteMap:
-            found = fit(bank[rows].flatten(1), source=source, generator=generator, **settings)
+            points = bank[rows].flatten(1).to(device)
+            found = _moved(fit(points, source=source, generator=generator, **settings), "cpu")
             if progress is not None:
                 progress(
                     f"{name}: {len(rows)} items, residual {found.residual:.3g}, worst cell off by {found.worst:.0%}, "
@@ -278,6 +279,8 @@ class TransportMap:
             topk, threshold: see :meth:`~steersman.math.semidiscrete.SemiDiscreteMap.singular`.
             generator: for the random coupling and for redraws; a list holds one per sample.
         """
+        if coupling not in COUPLINGS:
+            raise InputError("coupling", coupling, f"one of {', '.join(COUPLINGS)}")
         if isinstance(generator, Sequence):
             rows = [
                 self.look_up(
@@ -332,19 +335,14 @@ class TransportMap:
 
     def to(self, device: torch.device | str) -> TransportMap:
         """The same map with the bank on another device, where lookups are then computed."""
-
-        def moved(m: SemiDiscreteMap) -> SemiDiscreteMap:
-            tensors = {n: v.to(device) for n, v in vars(m).items() if isinstance(v, Tensor) and n != "angles"}
-            return SemiDiscreteMap(**{**vars(m), **tensors})
-
         return TransportMap(
             **{
                 **vars(self),
                 "bank": self.bank.to(device),
                 "clean": self.clean.to(device),
                 "labels": None if self.labels is None else self.labels.to(device),
-                "joint": None if self.joint is None else moved(self.joint),
-                "classes": {label: moved(m) for label, m in self.classes.items()},
+                "joint": None if self.joint is None else _moved(self.joint, device),
+                "classes": {label: _moved(m, device) for label, m in self.classes.items()},
             }
         )
 
@@ -852,6 +850,11 @@ def _shape(pipe: Any) -> tuple[int, int, int]:
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return config.in_channels, height, width
+
+
+def _moved(m: SemiDiscreteMap, device: torch.device | str) -> SemiDiscreteMap:
+    tensors = {name: v.to(device) for name, v in vars(m).items() if isinstance(v, Tensor) and name != "angles"}
+    return SemiDiscreteMap(**{**vars(m), **tensors})
 
 
 def _level(pipe: Any, timestep: int | None) -> tuple[float, int]:

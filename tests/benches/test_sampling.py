@@ -330,3 +330,36 @@ def test_a_foreign_scheduler_has_its_code_line(world):
     call = "EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)"
     assert line == f"pipe.scheduler = diffusers.{call}"
     assert next(iter(run.rows[0].figures)) == "sliced_wasserstein"  # what counts, not what it cost
+
+
+def test_a_method_that_makes_an_artefact_first(world):
+    from steersman.engine.artefacts import run_verb
+
+    settings = {"size": 200, "maps": "class", "tolerance": 0.3}
+    run_verb("apply", "dpm-ot", "digits", "map", settings=settings, seed=0)
+    stacked = ["map", "map:coupling=random+heun", "map:lookup_only=true"]
+    made = ["dpm-ot:size=200:maps=class:tolerance=0.3:renoise=true+pndm"]
+    run = compare("sampling", "digits", [*stacked, *made], {"calls": [6, 500], "samples": 32}, [0], world / "run")
+    for row in run.rows:
+        if row.setting["calls"] == 500 and "lookup" not in row.contender:
+            assert row.status == "inapplicable" and "timestep" in str(row.error)  # the map is at 300
+        else:
+            assert row.status == "ok", row.error
+            assert row.figures["calls_used"] == (
+                0 if "lookup" in row.contender else 5 if "heun" in row.contender else 6
+            )
+    assert recipe(run, stacked[1]).lines[0].startswith("pipe = DPMOTPipeline(pipe, 'map', coupling='random')")
+    assert len(list((world / "run").rglob("fit.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("contender", "subject", "sentence"),
+    [
+        ("dpm-ot", "mine.py:unconditional", "steersman apply dpm-ot"),
+        ("dpm-ot:sise=3", "digits", "did you mean 'size'"),
+        ("ddim+dpm-ot", "digits", "first"),
+    ],
+)
+def test_a_method_that_can_t_make_its_artefact_is_refused(world, contender, subject, sentence):
+    with pytest.raises(InputError, match=sentence):
+        compare("sampling", subject, [contender], {"calls": 5, "samples": 4}, [0], world / "run")

@@ -346,7 +346,10 @@ class Sampling:
                 raise Inapplicable(f"{ours} is for another kind of noise than the pipeline's {theirs}")
             # What starts elsewhere than in the noise plans by calls, and has no trajectory from the noise.
             whole = not hasattr(h.pipe, "plan")
-            steps = _steps(scheduler, setting["calls"]) if whole else setting["calls"]
+            if whole:
+                steps = _steps(scheduler, setting["calls"])
+            else:
+                steps = 0 if h.pipe.lookup_only else setting["calls"]
             figures["calls_used"] = _calls(h.pipe, scheduler, steps)
             started = time.perf_counter()
             samples = _sample(h, scheduler, steps, labels, rng, log)
@@ -490,7 +493,7 @@ def _calls(pipe: Any, scheduler: Any, steps: int) -> int:
     if hasattr(pipe, "plan"):
         with _scheduled(pipe, scheduler):
             try:
-                return 0 if pipe.lookup_only else len(pipe.plan(steps))
+                return len(pipe.plan(steps))
             except InputError as error:
                 raise Inapplicable(str(error)) from error
     scheduler.set_timesteps(steps)

@@ -320,7 +320,7 @@ def recipe(comparison: Comparison, contender: str) -> Recipe:
             template, summary = own[name].line, own[name].summary
         elif name in catalog.cards():
             card = catalog.cards()[name]
-            template, summary = card.line, card.summary
+            template, summary = card.line.replace("{folder}", "FOLDER"), card.summary
             papers.append((str(card.paper.get("title", card.title)), str(card.paper.get("url", ""))))
             module, _, attribute = card.object.partition(":")
             if template and attribute and attribute in template:

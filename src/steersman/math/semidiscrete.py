@@ -183,8 +183,8 @@ class SemiDiscreteMap:
     ) -> tuple[Tensor, Tensor]:
         """(x, index): draws off the singular set and where the map takes them; ``topk=1`` keeps every draw.
 
-        A draw on the singular set is replaced by a new one, at most 100 times: the number of outputs, and what
-        one draw becomes, do not depend on the rest of the batch's size.
+        A draw on the singular set is replaced by a new one, at most 100 times: there are as many outputs as
+        draws, in their order, and whether a draw is singular does not depend on the rest of the batch.
 
         Raises:
             InputError: after 100 redraws some are still singular.
@@ -346,7 +346,7 @@ class _Count:
 
 
 class _Fit:
-    """A fit in progress, in centred and scaled coordinates: <x, y> + h = <x - c, z> s + ... + (constants of x)."""
+    """A fit in progress, in units of the bank's spread s: <x, y_i> + h_i = s (<x - c, z_i> + h'_i) + what no i changes."""
 
     def __init__(
         self, bank: Tensor, ν: Tensor, source: Source | Tensor, batch: int, generator: torch.Generator | None

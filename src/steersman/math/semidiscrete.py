@@ -346,7 +346,7 @@ class _Count:
 
 
 class _Fit:
-    """A fit in progress, in units of the bank's spread s: <x, y_i> + h_i = s (<x - c, z_i> + h'_i) + what no i changes."""
+    """A fit in progress, in units of the bank's spread s: <x, y_i> + h_i = s (<x - c, z_i> + h'_i) + what i leaves."""
 
     def __init__(
         self, bank: Tensor, ν: Tensor, source: Source | Tensor, batch: int, generator: torch.Generator | None

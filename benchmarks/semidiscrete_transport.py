@@ -1,10 +1,11 @@
 """Time of a semi-discrete fit: ours against POT's ``solve_semidiscrete`` at equal accuracy, on the same banks.
 
 Accuracy is the root mean square relative error of the cells' masses, counted for every solver by one function on
-draws that no solver has seen, the same for all. POT's batch and step size are the best of fifteen choices in
-as much time as ours takes. Then its draws double until its error is at most ours, or a run takes ``--limit`` seconds; its
-time is that of the last run alone. Projection is left off, as its potentials have no known bound. Runs alternate
-(A B A B) and medians are compared; where POT stays less accurate, the ratio is too kind to it. ``adam`` is the published solver of DPM-OT after 300 iterations, for context.
+draws that no solver has seen, the same for all. POT's batch and step size are the best of fifteen choices in as much
+time as ours takes. Then its draws double until its error is at most ours, or a run takes half of ``--limit`` seconds;
+its time is that of the last run alone. Projection is left off, as its potentials have no known bound. Runs alternate
+(A B A B) and medians are compared; where POT stays less accurate, the ratio is too kind to it. ``adam`` is the
+published solver of DPM-OT after 300 iterations, for context.
 
     python benchmarks/semidiscrete_transport.py [--out semidiscrete_transport.json] [--rounds 3]
 """

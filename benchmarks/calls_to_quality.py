@@ -1,6 +1,6 @@
 """How many network calls a sampler takes to reach a given Frechet distance, as a share of DDIM's.
 
-    python benchmarks/calls_to_quality.py [--subjects digits,scenes] [--seeds 5] [--samples 256] [--out FILE]
+    python benchmarks/calls_to_quality.py [--subjects digits,scenes] [--contenders a,b] [--seeds 5] [--samples 256] [--out FILE]
 
 All contenders start from the same noise and labels or prompts, on the pipeline's own timesteps. The distance to
 reach is DDIM's own at ``--reference`` calls, plus a tenth of what lies between that and DDIM's distance at the
@@ -19,26 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from steersman.engine.compare import compare
+from steersman.evidence.dpm_solver_pp import calls_needed, nearly_converged
 
 CALLS = [4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100]
-CONTENDERS = ["ddim", "dpm-solver-pp", "dpm-solver-pp:order=3", "pndm", "DPMSolverMultistepScheduler"]
+CONTENDERS = "ddim,dpm-solver-pp,dpm-solver-pp:order=3,pndm"
 
 
-def calls_needed(distances: dict[int, float], goal: float) -> int | None:
-    """The fewest calls from which on all larger budgets stay at or under ``goal``; None if even the largest doesn't."""
-    found = None
-    for calls in sorted(distances, reverse=True):
-        if distances[calls] > goal:
-            break
-        found = calls
-    return found
-
-
-def measure(subject: str, seeds: int, samples: int, reference: int, out: Path) -> dict[str, Any]:
+def measure(subject: str, contenders: list[str], seeds: int, samples: int, reference: int, out: Path) -> dict[str, Any]:
     """Calls to the distance, by contender and seed."""
     grid = {"calls": [c for c in CALLS if c <= reference], "samples": samples}
-    run = compare("sampling", subject, CONTENDERS, grid, list(range(seeds)), out)
-    record: dict[str, Any] = {"goal": [], "contenders": {c: [] for c in CONTENDERS}}
+    run = compare("sampling", subject, contenders, grid, list(range(seeds)), out)
+    record: dict[str, Any] = {"goal": [], "contenders": {c: [] for c in contenders}} | grid
     for seed in range(seeds):
 
         def distances(contender: str, seed: int = seed) -> dict[int, float]:
@@ -46,9 +37,9 @@ def measure(subject: str, seeds: int, samples: int, reference: int, out: Path) -
             return {c: value for c, value in found.items() if value is not None}
 
         ddim = distances("ddim")
-        goal = ddim[reference] + 0.1 * (ddim[min(ddim)] - ddim[reference])
+        goal = nearly_converged(ddim)
         record["goal"].append(goal)
-        for contender in CONTENDERS:
+        for contender in contenders:
             record["contenders"][contender].append(calls_needed(distances(contender), goal))
     record["ratio"] = {}
     for contender, needed in record["contenders"].items():
@@ -59,7 +50,7 @@ def measure(subject: str, seeds: int, samples: int, reference: int, out: Path) -
         contender: {
             c: statistics.fmean(v) for c in grid["calls"] if (v := run.values("frechet", contender, calls=c).values())
         }
-        for contender in CONTENDERS
+        for contender in contenders
     }
     return record
 
@@ -67,6 +58,7 @@ def measure(subject: str, seeds: int, samples: int, reference: int, out: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", default="digits,scenes")
+    parser.add_argument("--contenders", default=CONTENDERS, help="ddim among them")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--reference", type=int, default=100)
@@ -76,11 +68,17 @@ def main() -> None:
     for subject in arguments.subjects.split(","):
         with tempfile.TemporaryDirectory() as folder:
             record[subject] = measure(
-                subject, arguments.seeds, arguments.samples, arguments.reference, Path(folder) / "run"
+                subject,
+                arguments.contenders.split(","),
+                arguments.seeds,
+                arguments.samples,
+                arguments.reference,
+                Path(folder) / "run",
             )
         print(subject, json.dumps(record[subject]["ratio"]), json.dumps(record[subject]["contenders"]), flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    kept = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    arguments.out.write_text(json.dumps(kept | record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ timestep 0 (:class:`ToTheFirstLevel`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -138,29 +138,32 @@ def fewer_for_more(few: int, many: int) -> Callable[[Comparison], Effects]:
     return effects
 
 
+def nearly_converged(distances: Mapping[int, float]) -> float:
+    """The distance at the most calls, plus a tenth of what lies between that and the distance at the fewest."""
+    first, last = distances[min(distances)], distances[max(distances)]
+    return last + 0.1 * (first - last)
+
+
+def calls_needed(distances: Mapping[int, float], goal: float) -> int | None:
+    """The fewest calls from which on all larger budgets stay at or under ``goal``; None if the largest doesn't."""
+    found = None
+    for calls in sorted(distances, reverse=True):
+        if distances[calls] > goal:
+            break
+        found = calls
+    return found
+
+
 def calls_saved(budgets: Sequence[int]) -> Callable[[Comparison], Effects]:
-    """log of DDIM's calls over DPM-Solver++'s to reach what DDIM has at the most calls, but for a tenth.
-
-    The goal is DDIM's distance at the most calls, plus a tenth of what lies between that and its distance at the
-    fewest. Calls are the fewest from which on all larger budgets stay at or under the goal.
-    """
-
-    def needed(distances: dict[int, float], goal: float) -> int | None:
-        found = None
-        for calls in sorted(distances, reverse=True):
-            if distances[calls] > goal:
-                break
-            found = calls
-        return found
+    """log of DDIM's calls over DPM-Solver++'s to reach what DDIM has nearly converged to."""
 
     def effects(c: Comparison) -> Effects:
         table = {name: {k: c.values("frechet", name, calls=k) for k in budgets} for name in ("ddim", "dpm-solver-pp")}
         saved = []
         for seed in sorted(table["ddim"][budgets[0]]):
             ddim, ours = ({k: row[seed] for k, row in of.items()} for of in table.values())
-            first, last = ddim[min(budgets)], ddim[max(budgets)]
-            goal = last + 0.1 * (first - last)
-            a, b = needed(ddim, goal), needed(ours, goal)
+            goal = nearly_converged(ddim)
+            a, b = calls_needed(ddim, goal), calls_needed(ours, goal)
             if a is None or b is None:
                 raise LookupError(f"a contender does not reach the goal with seed {seed}")
             saved.append(np.log(a / b))

@@ -1,6 +1,6 @@
 """How many network calls a sampler takes to reach a given Frechet distance, as a share of DDIM's.
 
-    python benchmarks/calls_to_quality.py [--subjects digits,scenes] [--contenders a,b] [--seeds 5] [--samples 256] [--out FILE]
+    python benchmarks/calls_to_quality.py [--subjects digits,scenes] [--contenders a,b] [--seeds 5] [--samples 256]
 
 All contenders start from the same noise and labels or prompts, on the pipeline's own timesteps. The distance to
 reach is DDIM's own at ``--reference`` calls, plus a tenth of what lies between that and DDIM's distance at the

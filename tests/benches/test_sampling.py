@@ -363,3 +363,23 @@ def test_a_method_that_makes_an_artefact_first(world):
 def test_a_method_that_can_t_make_its_artefact_is_refused(world, contender, subject, sentence):
     with pytest.raises(InputError, match=sentence):
         compare("sampling", subject, [contender], {"calls": 5, "samples": 4}, [0], world / "run")
+
+
+def test_scenes_bring_their_prompts_and_their_reader(world):
+    grid = {"calls": 6, "samples": 24, "guidance": 3.0}
+    run = compare("sampling", "scenes", ["dpm-solver-pp", "DDIMScheduler", "real"], grid, [0], world / "run")
+    ours, theirs, real = run.rows
+    assert [row.status for row in run.rows] == ["ok"] * 3, [row.error for row in run.rows]
+    assert real.figures["accuracy"] >= 0.95
+    for row in (ours, theirs):
+        assert row.figures["attribute_accuracy"] > 0.5  # chance is 0.27
+        assert row.figures["calls_used"] == 6
+
+
+def test_prompts_for_scenes_follow_its_grammar(world):
+    Path("own.txt").write_text("a large red circle\na blue square on the left\n")
+    run = compare("sampling", "scenes", ["ddim"], {"calls": 3, "samples": 4, "prompts": "own.txt"}, [0], world / "run")
+    assert run.rows[0].figures["accuracy"] >= 0
+    Path("own.txt").write_text("a photograph of a cat\n")
+    with pytest.raises(InputError, match="a large red circle"):
+        compare("sampling", "scenes", ["ddim"], {"calls": 3, "samples": 4, "prompts": "own.txt"}, [0], world / "no")

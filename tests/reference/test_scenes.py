@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from torch.nn import functional as F
 
+from steersman.diffusion import PNDMScheduler
+from steersman.diffusion.images import load_pipeline
 from steersman.errors import InputError
-from steersman.reference import image_metrics, scenes
+from steersman.reference import image_metrics, loading, scenes
+
+PACKAGE = Path(__file__).parents[2] / "packages" / "steersman-reference"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    pipeline = scenes.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipe, prompts, seed=0, **arguments) -> torch.Tensor:
+    """Pictures in [-1, 1]."""
+    settings = {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"} | arguments
+    return 2 * pipe(prompts, generator=torch.Generator().manual_seed(seed), **settings).images - 1
+
 
 # ------------------------------------------------------------------ scenes and captions
 
@@ -147,6 +175,133 @@ def test_features_tell_pictures_apart():
     image = x[:2].clone().requires_grad_()
     scenes.features(image).sum().backward()
     assert image.grad is not None and image.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------ the pipeline
+
+
+def test_the_folder_is_a_stock_pipeline(pipe):
+    folder = loading.path("scenes")
+    assert folder == loading.path("scenes/pipeline") == loading.folder("scenes") / "pipeline"
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    for loaded in (stock, load_pipeline(folder), pipe):
+        assert type(loaded) is StableDiffusionPipeline and type(loaded.scheduler) is DDIMScheduler
+        for part in (loaded.unet, loaded.vae, loaded.text_encoder):
+            assert part.dtype == torch.float32 and not part.training
+        assert loaded.safety_checker is None and not loaded.config.requires_safety_checker
+        assert (loaded.unet.config.sample_size, loaded.vae_scale_factor) == (16, 2)
+    c = pipe.scheduler.config
+    assert (c.beta_schedule, c.num_train_timesteps, c.prediction_type) == ("linear", 1000, "epsilon")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert {v[0] for v in index.values() if isinstance(v, list)} == {"diffusers", "transformers", None}
+
+
+def test_the_tokenizer_has_a_token_a_word_and_knows_no_unknown(pipe):
+    ids = pipe.tokenizer("a large red circle on the left on a blue background").input_ids
+    assert len(ids) == 13 and pipe.tokenizer.decode(ids[1:-1]) == "a large red circle on the left on a blue background"
+    strange = pipe.tokenizer("Ünïcode, 42 zyx 漢!", add_special_tokens=False).input_ids
+    assert pipe.tokenizer.unk_token_id not in strange and pipe.tokenizer.decode(strange).startswith("ünïcode , 4 2 zyx")
+    folder = loading.path("scenes") / "tokenizer"
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    merges = [tuple(m.split()) for m in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]]
+    again = type(pipe.tokenizer)(vocab=vocabulary, merges=merges)
+    assert again("a small yellow triangle, zyx").input_ids == pipe.tokenizer("a small yellow triangle, zyx").input_ids
+
+
+def test_the_autoencoder_keeps_what_is_in_a_picture(pipe):
+    x, said = scenes.images("held-out")[:480], scenes.captions("held-out")[:480]
+    with torch.no_grad():
+        z = pipe.vae.encode(x).latent_dist.mode()
+        back = pipe.vae.decode(z).sample
+    assert z.shape == (480, 4, 16, 16)
+    assert (z * pipe.vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.1)
+    recorded = loading.provenance("scenes")["training"]["vae"]
+    assert (back - x).square().mean().item() == pytest.approx(recorded["held_out_squared_error"], rel=0.1)
+    assert scenes.accuracy(back, said)["overall"] >= 0.99
+
+
+def test_samples_show_what_unseen_captions_say(pipe):
+    """Within sampling error of the recorded share; by chance a whole caption comes out once in 1200 times."""
+    prompts = scenes.prompts(48, seed=3)
+    p = loading.provenance("scenes")["quality"]["ddim 10, guidance 3"]["overall"]
+    share = scenes.accuracy(draw(pipe, prompts), prompts)["overall"]
+    assert share > max(0.1, p - 4 * math.sqrt(p * (1 - p) / 48) - 1 / 48)
+
+
+def test_guidance_makes_captions_count(pipe):
+    """The empty prompt says nothing; a prompt and its negative swapped show the other colour."""
+    prompts = ["a large red circle on a blue background"] * 12
+    other = ["a large yellow square on a black background"] * 12
+    empty = draw(pipe, [""] * 12, guidance_scale=1.0)
+    assert scenes.accuracy(empty, prompts)["overall"] < 0.5
+    assert scenes.accuracy(draw(pipe, prompts, negative_prompt=other), prompts)["colour"] > 0.5
+    embeds, negative = pipe.encode_prompt(other, "cpu", 1, True, prompts)
+    swapped = pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(2 * swapped - 1, draw(pipe, other, negative_prompt=prompts))
+    assert scenes.accuracy(2 * swapped - 1, other)["colour"] > 0.5
+
+
+def test_a_strange_word_is_passed_over(pipe):
+    plain = scenes.prompts(24, seed=4)
+    odd = [p.replace(" on a ", " qvxz on a ") for p in plain]
+    seen = scenes.attributes(draw(pipe, odd))
+    assert (seen == scenes.parse(plain)).double().mean() > 0.6
+
+
+def test_image_to_image_and_inpainting(pipe):
+    x = scenes.images("held-out")[:8]
+    said = scenes.captions("held-out")[:8]
+    half = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    half.set_progress_bar_config(disable=True)
+    near, far = (draw(half, said, image=(x + 1) / 2, strength=s) for s in (0.2, 0.9))
+    assert near.shape == x.shape
+    assert (near - x).square().mean() < 0.05
+    assert (near - x).square().mean() < (far - x).square().mean()
+
+    paint = StableDiffusionInpaintPipeline.from_pipe(pipe)
+    paint.set_progress_bar_config(disable=True)
+    mask = torch.zeros(8, 1, 32, 32)
+    mask[:, :, :, 16:] = 1
+    out = draw(paint, said, image=(x + 1) / 2, mask_image=mask, strength=1.0, height=32, width=32)
+    kept, painted = (out - x)[..., :14].square().mean(), (out - x)[..., 18:].square().mean()
+    assert kept < 0.02 and kept < painted
+
+
+def test_schedulers_of_ours_and_callbacks(pipe):
+    prompts, seen = scenes.prompts(24, seed=5), []
+    own = pipe.scheduler
+    try:
+        pipe.scheduler = PNDMScheduler.from_config(own.config)
+        images = draw(
+            pipe, prompts, callback_on_step_end=lambda p, i, t, kept: seen.append(kept["latents"].shape) or {}
+        )
+    finally:
+        pipe.scheduler = own
+    assert set(seen) == {(24, 4, 16, 16)} and len(seen) >= 10
+    assert (scenes.attributes(images) == scenes.parse(prompts)).double().mean() > 0.6
+
+
+# ------------------------------------------------------------------ provenance
+
+
+def test_files_are_the_recorded_ones():
+    loading.verify("scenes")
+    record, root = loading.provenance("scenes"), loading.folder("scenes")
+    on_disk = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and p.name != "provenance.json"}
+    assert set(record["files"]) == on_disk
+    assert sum((root / f).stat().st_size for f in on_disk) < 8e6
+    assert {"script", "data", "seeds", "versions", "training", "quality"} <= set(record)
+    assert record["data"]["fingerprint"] == scenes.data_fingerprint()
+    script = PACKAGE / record["script"]["file"]
+    assert hashlib.sha256(script.read_bytes()).hexdigest() == record["script"]["sha256"]
+    assert "scenes" in loading.names() and loading.fingerprint("scenes") == loading.fingerprint("scenes/pipeline")
 
 
 # ------------------------------------------------------------------ bad input

@@ -185,7 +185,7 @@ def test_draws_near_the_fold_are_singular_and_redrawn():
     assert torch.equal(kept[fine], x[fine]) and torch.equal(index[fine], found.transport(x[fine]))
     for row in (0, 10, 100):  # what is singular does not depend on the batch
         assert found.singular(x[row : row + 1], 2, 0.7).item() == found.singular(x, 2, 0.7)[row].item()
-    with pytest.raises(InputError, match="threshold.*100 redraws"):
+    with pytest.raises(InputError, match=r"threshold.*100 redraws"):
         found.sample(points(50, 2), generator(), topk=4, threshold=0.0)
 
 

@@ -10,7 +10,8 @@ all D.
 Errors are judged by how much they add to the same contender's own distance without them. A pilot on seeds that are
 not used here changed two things, by what errors do to EDM alone: points that lie symmetrically became the plane's
 (on a symmetric ring nothing adds up), and 5 bits, the least that the authors try, became 3 (5 change nothing in so
-small a network). The learning rate was chosen between two on another seed, and made no difference.
+small a network). After it, effects became differences of rises, where they had been ratios, which a rise near zero
+throws far off. The learning rate was chosen between two on another seed, and made no difference.
 """
 
 from __future__ import annotations

@@ -33,8 +33,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from steersman import catalog
-from steersman.benches.sampling import _steps as most_steps
-from steersman.benches.sampling import of_diffusers
+from steersman.benches.sampling import most_steps, of_diffusers
 from steersman.diffusion import mmd_ddm
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
@@ -280,7 +279,7 @@ class Finetuning:
 
     def accepts(self, name: str) -> PartInfo | None:
         """Samplers: this package's scheduler classes by method, and diffusers' by class name."""
-        kind = _scheduler_class(name)
+        kind = scheduler_class(name)
         if kind is None or name not in catalog.cards():
             return of_diffusers(name)
         card = catalog.cards()[name]
@@ -290,7 +289,7 @@ class Finetuning:
         return Host(s, self._data(s, setting), rng)
 
     def mount(self, h: Host, part: Part) -> None:
-        kind = _scheduler_class(part.id)
+        kind = scheduler_class(part.id)
         if kind is not None:
             if h.recipe is None or h.real:
                 raise InputError("methods", part.id, f"stacked on a recipe, as none+{part.id}")
@@ -318,7 +317,7 @@ class Finetuning:
             settings = artefacts.check_settings(card, function, part.knobs)
             if "features" in inspect.signature(function).parameters and h.data.loss_features is not None:
                 settings.setdefault("features", h.data.loss_features)
-            h.make = lambda folder, log: _apply(function, settings, h, folder, log)
+            h.make = lambda folder, log: apply_method(function, settings, h, folder, log)
 
     # ---------------------------------------------------------------- trial
 
@@ -329,7 +328,7 @@ class Finetuning:
         figures: dict[str, float] = {}
         real, labels = data.held_out[0][:n], None if data.held_out[1] is None else data.held_out[1][:n]
         if h.real:
-            samples = _stand_ins(data, labels, n, rng)
+            samples = stand_ins(data, labels, n, rng)
         else:
             folder = h.folder
             if folder is None:
@@ -341,7 +340,7 @@ class Finetuning:
             if h.scheduler is not None:
                 pipe.scheduler = h.scheduler(pipe.scheduler.config)
             start = time.perf_counter()
-            samples = _sample(pipe, labels, (n, *real.shape[1:]), setting["calls"], rng)
+            samples = sample(pipe, labels, (n, *real.shape[1:]), setting["calls"], rng)
             figures["sample_s"] = time.perf_counter() - start
         log.images("samples", ((samples[:SHOWN] + 1) / 2).permute(0, 2, 3, 1).numpy())
         return figures | image_figures(data, real, labels, samples)
@@ -428,7 +427,9 @@ def own_data(source: str | None, channels: int | None, classes: bool | None) -> 
     return Data(parts[0], parts[1], pixels, pixels, fingerprint=subjects.tree_hash(path))
 
 
-def _apply(function: Callable[..., Any], settings: Mapping[str, Any], h: Host, folder: Path, log: TrialLog) -> None:
+def apply_method(
+    function: Callable[..., Any], settings: Mapping[str, Any], h: Host, folder: Path, log: TrialLog
+) -> None:
     """A method's ``apply`` on the given pipeline and the training images."""
     images, labels = h.data.train
     arrays: dict[str, Any] = {"images": ((images + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()}
@@ -450,7 +451,7 @@ def _apply(function: Callable[..., Any], settings: Mapping[str, Any], h: Host, f
     (folder / "metrics.json").write_text(json.dumps(plain(dict(metrics)), indent=1) + "\n")
 
 
-def _stand_ins(data: Data, labels: Tensor | None, n: int, rng: Streams) -> Tensor:
+def stand_ins(data: Data, labels: Tensor | None, n: int, rng: Streams) -> Tensor:
     """Training images, none twice, with the labels that samples have (class shares weigh in every distance)."""
     images, classes = data.train
     order = torch.randperm(len(images), generator=rng.torch("real"))
@@ -466,7 +467,7 @@ def _stand_ins(data: Data, labels: Tensor | None, n: int, rng: Streams) -> Tenso
 
 
 @torch.no_grad()
-def _sample(pipe: Any, labels: Tensor | None, shape: tuple[int, ...], calls: int, rng: Streams) -> Tensor:
+def sample(pipe: Any, labels: Tensor | None, shape: tuple[int, ...], calls: int, rng: Streams) -> Tensor:
     """Samples in [-1, 1], clipped as a pipeline's images are."""
     if not isinstance(pipe, ClassConditionalPipeline):
         pipe = ClassConditionalPipeline(pipe.unet, pipe.scheduler, pipe.config.get("null_label"))
@@ -486,7 +487,7 @@ def _sample(pipe: Any, labels: Tensor | None, shape: tuple[int, ...], calls: int
     return samples.clamp(-1, 1)
 
 
-def _scheduler_class(name: str) -> Any:
+def scheduler_class(name: str) -> Any:
     """The scheduler class of a method, or of diffusers; None for anything else."""
     if name in catalog.cards():
         card = catalog.cards()[name]

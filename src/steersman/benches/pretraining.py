@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from steersman import catalog
 from steersman.benches import finetuning
 from steersman.benches.finetuning import Data, Finetuning, digits_data, image_figures, own_data
-from steersman.benches.sampling import _noise_kind as noise_kind
+from steersman.benches.sampling import noise_kind
 from steersman.diffusion import DDIMScheduler, HeunScheduler, pfgm_pp
 from steersman.diffusion.images import load_pipeline
 from steersman.diffusion.pipelines import ClassConditionalPipeline
@@ -279,7 +279,7 @@ class Pretraining:
         figures: dict[str, float] = {}
         real, labels = data.held_out[0][:n], None if data.held_out[1] is None else data.held_out[1][:n]
         if h.real:
-            samples = finetuning._stand_ins(data, labels, n, rng)
+            samples = finetuning.stand_ins(data, labels, n, rng)
         else:
             folder = h.folder
             if folder is None:
@@ -300,7 +300,7 @@ class Pretraining:
             round_weights(pipe.unet, setting["bits"])
             started = time.perf_counter()
             with disturbed(pipe, setting["error"], rng.torch("error")):
-                samples = finetuning._sample(pipe, labels, (n, *real.shape[1:]), setting["calls"], rng)
+                samples = finetuning.sample(pipe, labels, (n, *real.shape[1:]), setting["calls"], rng)
             figures["sample_s"] = time.perf_counter() - started
         if h.subject.law is not None:
             found = point_metrics.point_metrics(h.subject.law, REACH * samples.flatten(1), REACH * real.flatten(1))
@@ -338,7 +338,7 @@ class Pretraining:
 
 
 def _train(function: Callable[..., Any], settings: Mapping[str, Any], h: Host, folder: Path, log: TrialLog) -> None:
-    finetuning._apply(function, settings, h, folder, log)  # type: ignore[arg-type]
+    finetuning.apply_method(function, settings, h, folder, log)  # type: ignore[arg-type]
 
 
 def _points(law: Mixture) -> Data:
@@ -356,7 +356,7 @@ def _points(law: Mixture) -> Data:
 
 def _sampler(name: str) -> Any:
     """The scheduler class of a method, of diffusers, or ``heun``; None for anything else."""
-    return HeunScheduler if name == "heun" else finetuning._scheduler_class(name)
+    return HeunScheduler if name == "heun" else finetuning.scheduler_class(name)
 
 
 @torch.no_grad()

@@ -333,21 +333,21 @@ class Sampling:
 
     def trial(self, h: Host, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         s, n, data = h.subject, setting["samples"], self._data(h.subject, setting)
-        labels = _labels(s, data, setting, rng)
+        labels = asked_for(s, data, setting, rng)
         figures: dict[str, float] = {}
         if h.recipe is not None:
             h.pipe = self._fitted(h, h.recipe, rng, log)
         if h.real:
-            samples = _stand_ins(s, data, labels, setting, rng)
+            samples = stand_ins(s, data, labels, setting, rng)
         else:
             scheduler = h.scheduler or type(h.pipe.scheduler).from_config(h.pipe.scheduler.config)
-            if _noise_kind(scheduler) != _noise_kind(h.pipe.scheduler):
+            if noise_kind(scheduler) != noise_kind(h.pipe.scheduler):
                 theirs, ours = type(h.pipe.scheduler).__name__, type(scheduler).__name__
                 raise Inapplicable(f"{ours} is for another kind of noise than the pipeline's {theirs}")
             # What starts elsewhere than in the noise plans by calls, and has no trajectory from the noise.
             whole = not hasattr(h.pipe, "plan")
             if whole:
-                steps = _steps(scheduler, setting["calls"])
+                steps = most_steps(scheduler, setting["calls"])
             else:
                 steps = 0 if h.pipe.lookup_only else setting["calls"]
             figures["calls_used"] = _calls(h.pipe, scheduler, steps)
@@ -460,7 +460,7 @@ def _split_knobs(part: Part) -> tuple[dict[str, Any], dict[str, Any]]:
     return artefacts.check_settings(card, artefacts.function_of(card, "apply"), rest), knobs
 
 
-def _noise_kind(scheduler: Any) -> str:
+def noise_kind(scheduler: Any) -> str:
     """How noise is parametrised: a network trained with one kind is nonsense under another's scheduler."""
     # Its own settings: from_config also keeps those of the scheduler before it.
     if "sigma_data" in inspect.signature(type(scheduler).__init__).parameters:
@@ -468,7 +468,7 @@ def _noise_kind(scheduler: Any) -> str:
     return "flow" if type(scheduler).__name__.startswith("FlowMatch") else "diffusion"
 
 
-def _steps(scheduler: Any, calls: int) -> int:
+def most_steps(scheduler: Any, calls: int) -> int:
     """The most steps of a sampler that fit into a number of network calls.
 
     Raises:
@@ -500,7 +500,7 @@ def _calls(pipe: Any, scheduler: Any, steps: int) -> int:
     return len(scheduler.timesteps)
 
 
-def _labels(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Any:
+def asked_for(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Any:
     """What each sample is asked to be: prompts, or labels (n,), the same for all contenders."""
     n = setting["samples"]
     if s.kind == "text" and setting["prompts"] is not None:
@@ -632,7 +632,7 @@ REFERENCES = {"digits": _digits, "scenes": _scenes}
 """Reference subjects that bring real images."""
 
 
-def _stand_ins(s: Subject, data: Data | None, labels: Any, setting: Setting, rng: Streams) -> Tensor:
+def stand_ins(s: Subject, data: Data | None, labels: Any, setting: Setting, rng: Streams) -> Tensor:
     n = setting["samples"]
     if s.law is not None:
         if labels is not None:
@@ -654,7 +654,7 @@ def _shape(s: Subject) -> torch.Size:
     return torch.Size([config.in_channels, *((size, size) if isinstance(size, int) else size)])
 
 
-def _noise(s: Subject, n: int, rng: Streams) -> Tensor:
+def shared_noise(s: Subject, n: int, rng: Streams) -> Tensor:
     return torch.randn((n, *_shape(s)), generator=rng.torch("noise"))
 
 
@@ -680,7 +680,7 @@ def _run(pipe: Any, s: Subject, noise: Tensor, labels: Any, setting: Setting, ge
 @torch.no_grad()
 def _sample(h: Host, scheduler: Any, steps: int, labels: Any, rng: Streams, log: TrialLog) -> Tensor:
     s, setting = h.subject, h.setting
-    noise = _noise(s, setting["samples"], rng)
+    noise = shared_noise(s, setting["samples"], rng)
     batch = _batch(s, setting)
     parts = []
     with _prepared(h, scheduler), _watched(h, log, -(-len(noise) // batch)) as watch:
@@ -773,13 +773,13 @@ def _fine_trajectory(h: Host, start: float, labels: Any, rng: Streams, log: Tria
         log.progress(0, 1, "fine trajectory")
         own = h.pipe.scheduler
         plan: dict[str, Any]
-        if _noise_kind(own) == "diffusion":
+        if noise_kind(own) == "diffusion":
             last = own.config.num_train_timesteps - 1
             plan = {"timesteps": np.unique(np.linspace(0, min(start, last), FINE_STEPS).round())[::-1].tolist()}
             scheduler = HeunScheduler.from_config(own.config)
         else:
             plan, scheduler = {"num_inference_steps": FINE_STEPS}, type(own).from_config(own.config)
-        noise = _noise(s, setting["samples"], rng)[:count]
+        noise = shared_noise(s, setting["samples"], rng)[:count]
         batch = _batch(s, setting)
         parts = []
         with _prepared(Host(s, setting, h.pipe), scheduler):

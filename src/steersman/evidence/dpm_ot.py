@@ -104,13 +104,13 @@ class LatentBanks(Sampling):
     def trial(self, h: Any, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         s, n = h.subject, setting["samples"]
         data = self._data(s, setting)
-        labels = sampling._labels(s, data, setting, rng)
+        labels = sampling.asked_for(s, data, setting, rng)
         bank = _images(s, None, rng)[0]
         figures: dict[str, float] = {}
         if h.real:
-            samples = sampling._stand_ins(s, data, labels, setting, rng)
+            samples = sampling.stand_ins(s, data, labels, setting, rng)
         else:
-            noise = sampling._noise(s, n, rng)
+            noise = sampling.shared_noise(s, n, rng)
             fresh = h.installs[0] if h.installs else None
             pipe = s.pipe if fresh is None else _pipeline(s, fresh, rng, log)
             if fresh is not None:
@@ -149,7 +149,7 @@ class _Run:
             self.steps, self.calls = calls, 0 if pipe.lookup_only else len(pipe.plan(calls))
             pipe.scheduler = own
         else:
-            self.steps = sampling._steps(scheduler, calls)
+            self.steps = sampling.most_steps(scheduler, calls)
             scheduler.set_timesteps(self.steps)
             self.calls = len(scheduler.timesteps)
 

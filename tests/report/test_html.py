@@ -317,3 +317,27 @@ def test_the_bench_needs_only_its_contract(comparison: Comparison):
         row.figures = {k: v for k, v in row.figures.items() if k in Bare.figures}
     comparison.bench = Bare()
     assert "seconds" in Page(render(comparison)).text
+
+
+@pytest.mark.parametrize(
+    ("at_20", "seeds", "headline"),
+    [
+        (0.0, 8, "b is never clearly beaten"),
+        (-1.0, 8, "Which one is best depends on the budget"),
+        (-1.0, 3, "The seeds are too few to say which one is best"),
+    ],
+)
+def test_a_change_of_leader_within_noise_is_no_finding(tmp_path, at_20, seeds, headline):
+    from steersman.report import html, summary
+
+    rows = rows_of(["a", "b"], [10, 20], seeds)
+    for row in rows:
+        wobble = 0.2 * np.random.default_rng([row.seed, row.setting["calls"]]).normal()
+        lead = {10: 0.6, 20: at_20 - 0.01}[row.setting["calls"]]  # of b over a
+        row.figures["frechet"] = 3.0 + (wobble - lead if row.contender == "b" else 0.0)
+    comparison = comparison_of(rows, ["a", "b"], tmp_path)
+    if at_20 == 0.0:  # a leads at 20 calls by less than the noise
+        for row in rows:
+            if row.setting["calls"] == 20 and row.contender == "b":
+                row.figures["frechet"] = 3.01 + 0.2 * (-1) ** row.seed
+    assert html._headline(comparison, summary.picks(comparison)) == headline

@@ -211,6 +211,12 @@ def _headline(comparison: Comparison, found: Sequence[Pick]) -> str:
     if sureness == {"alone"}:
         return f"{_brief(found[0].best)} on {comparison.config.get('subject', 'the subject')}"
     if not unbeaten:
+        # Who leads may change by chance alone: that is no finding.
+        if "unknown" in sureness:
+            return "The seeds are too few to say which one is best"
+        close = [c for c in comparison.contenders if all(c == p.best or c in p.close for p in found)]
+        if close:
+            return f"{_brief(max(close, key=lambda c: sum(p.best == c for p in found)))} is never clearly beaten"
         return f"Which one is best depends on the {place}"
     name = _brief(max(unbeaten, key=lambda c: sum(p.best == c for p in found)))
     if sureness == {"clear"}:

@@ -23,6 +23,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Heun": "steersman.diffusion.classical:Heun",
         "RK4": "steersman.diffusion.classical:RK4",
         "integrate": "steersman.diffusion.solver:integrate",
+        "Guidance": "steersman.diffusion.guidance:Guidance",
+        "StockGuidance": "steersman.diffusion.guidance:StockGuidance",
+        "Installable": "steersman.diffusion.installing:Installable",
+        "installed": "steersman.diffusion.installing:installed",
+        "save_steered": "steersman.diffusion.installing:save_steered",
+        "load_steered": "steersman.diffusion.installing:load_steered",
         "ClassConditionalPipeline": "steersman.diffusion.pipelines:ClassConditionalPipeline",
     },
 )

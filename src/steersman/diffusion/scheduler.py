@@ -250,6 +250,10 @@ class SlotScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """What the network's ``output`` says at ``x``."""
         raise NotImplementedError
 
+    def _predict_uncond(self, output: Tensor, x: Tensor, slot: Slot) -> Prediction:
+        """The same without the condition: as it is, where ``_predict`` may clip."""
+        return self._predict(output, x, slot)
+
     def _levels_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at ``timesteps``, to be multiplied with ``like``."""
         raise NotImplementedError
@@ -358,6 +362,8 @@ class SlotScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._step_index: int | None = None
         self._state: Any = None
         self._inside = False
+        self.uncond_output: Tensor | None = None
+        """The unconditional output of the call that ``step`` comes after, from guidance, for solvers that use both."""
         self._returned: tuple[Tensor, int] | None = None
 
     @property
@@ -424,6 +430,12 @@ class SlotScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._check_time(timestep, slot.timestep)
 
         pred = self._predict(model_output.to(dtype), x, slot)
+        if self.uncond_output is not None:
+            uncond = self.uncond_output.to(dtype)
+            # DiTPipeline keeps its rows doubled here, too.
+            uncond = uncond if len(uncond) == len(x) else torch.cat([uncond] * (len(x) // len(uncond)))
+            pred.uncond = self._predict_uncond(uncond, x, slot)
+            self.uncond_output = None
         if slot.k == 0:
             self._inside = True
         elif self._inside and self._edited(sample):
@@ -643,6 +655,9 @@ class SolverScheduler(SlotScheduler):
         else:
             x0 = pred.x0.clamp(-c["clip_sample_range"], c["clip_sample_range"])
         return Prediction(x, slot.alpha, slot.sigma, x0=x0)
+
+    def _predict_uncond(self, output: Tensor, x: Tensor, slot: Slot) -> Prediction:
+        return Prediction.read(self._kind, output, x, slot.alpha, slot.sigma)
 
     def _levels_at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(like.dtype, torch.float32)

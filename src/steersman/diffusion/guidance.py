@@ -1,0 +1,494 @@
+r"""Guidance with two branches, written once for classic and for modular pipelines.
+
+A network that was trained with and without its condition c gives two outputs at x_t, ``cond`` and ``uncond``, and
+guidance makes one of them. Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) is
+
+    uncond + w (cond - uncond).
+
+A :class:`Guidance` says what it makes of the two (``guide``) and whether it wants the second at all
+(``needs_uncond``). In diffusers' modular pipelines it is a guider. In a classic pipeline, which evaluates both
+branches in one batch of 2B rows and mixes them itself, ``install(pipe)`` hooks the network: rows that are not wanted
+are cut from its input, and both halves of its output are replaced by the guided one. The pipeline's own mix
+g + w (g - g) is then g exactly, whatever its ``guidance_scale`` above 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
+from torch import Tensor
+
+from steersman.diffusion.installing import Installable, installed
+from steersman.diffusion.scheduler import SlotScheduler
+from steersman.errors import InputError
+
+Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
+COND_FIRST = ("DiTPipeline",)
+"""Classic pipelines whose rows with the condition come first."""
+
+
+class Moment:
+    """A call of the network: where in the run it is, and what its output means.
+
+    x = alpha x_0 + sigma eps is the network's *input*. Schedulers in other units (Euler's) scale their sample to it,
+    so alpha and sigma belong to the network and its timestep, not to the scheduler's sample.
+
+    Attributes:
+        i, n: call ``i`` of the ``n`` of this run.
+        timestep: what the network is told.
+        x: its input (B, C, ...), without the doubling; None before a modular pipeline's call.
+        scheduler: of the pipeline, or the one a guider was bound to.
+    """
+
+    def __init__(self, i: int, n: int, timestep: float, x: Tensor | None, scheduler: Any) -> None:
+        self.i, self.n, self.timestep, self.x, self.scheduler = i, n, timestep, x, scheduler
+
+    @property
+    def kind(self) -> Kind:
+        """What the network predicts.
+
+        Raises:
+            InputError: the guider knows no scheduler, or it is not one of these.
+        """
+        scheduler = self.scheduler
+        if scheduler is None:
+            raise InputError("scheduler", None, "known to the guider: guider.bind(pipe.scheduler)")
+        if is_flow(scheduler):
+            return "flow"
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction", "sample") or "sigma_data" in scheduler.config:
+            raise InputError("prediction_type", kind, "epsilon, v_prediction or sample (and no EDM preconditioning)")
+        return cast(Kind, kind)
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """(alpha, sigma) of the network's process at ``timestep``, in float64."""
+        if self.kind == "flow":
+            sigma = self.timestep / self.scheduler.config.num_train_timesteps
+            return 1.0 - sigma, sigma
+        abar = alpha_bar(self.scheduler, self.timestep)
+        return math.sqrt(abar), math.sqrt(1.0 - abar)
+
+    @property
+    def alpha(self) -> float:
+        return self.levels[0]
+
+    @property
+    def sigma(self) -> float:
+        return self.levels[1]
+
+    def eps(self, output: Tensor) -> Tensor:
+        """The noise that a network output says, in float32 or better."""
+        kind = self.kind
+        output = _wide(output)
+        if kind == "epsilon":
+            return output
+        alpha, sigma = self.levels
+        if kind == "flow":  # v = eps - x_0, x = alpha x_0 + sigma eps with alpha + sigma = 1
+            return self._x(output) + alpha * output
+        if kind == "v_prediction":
+            return alpha * output + sigma * self._x(output)
+        if sigma == 0.0:
+            raise InputError("timestep", self.timestep, "one with noise: eps is not defined at sigma = 0")
+        return (self._x(output) - alpha * output) / sigma
+
+    def x0(self, output: Tensor) -> Tensor:
+        """The clean sample that a network output says, in float32 or better."""
+        kind = self.kind
+        output = _wide(output)
+        if kind == "sample":
+            return output
+        alpha, sigma = self.levels
+        if kind == "flow":
+            return self._x(output) - sigma * output
+        if kind == "v_prediction":
+            return alpha * self._x(output) - sigma * output
+        if alpha == 0.0:
+            raise InputError("timestep", self.timestep, "one with signal: eps says nothing of x_0 at alpha = 0")
+        return (self._x(output) - sigma * output) / alpha
+
+    def output(self, eps: Tensor) -> Tensor:
+        """The network output that says ``eps``: the inverse of :meth:`eps`."""
+        kind = self.kind
+        if kind == "epsilon":
+            return eps
+        alpha, sigma = self.levels
+        if kind == "flow":
+            if alpha == 0.0:
+                raise InputError("timestep", self.timestep, "one with signal: eps says nothing of v at alpha = 0")
+            return (eps - self._x(eps)) / alpha
+        if alpha == 0.0:
+            raise InputError("timestep", self.timestep, "one with signal: eps says nothing of x_0 at alpha = 0")
+        if kind == "v_prediction":
+            return (eps - sigma * self._x(eps)) / alpha
+        return (self._x(eps) - sigma * eps) / alpha
+
+    def _x(self, like: Tensor) -> Tensor:
+        if self.x is None:
+            raise InputError("x", None, "known: this is read before the network's call")
+        return self.x.to(like.dtype)
+
+
+class Guidance(Installable, BaseGuidance):
+    """What is made of a network's two outputs; a guider, and installable on classic pipelines.
+
+    A subclass writes :meth:`guide`, and where they matter :meth:`needs_uncond` and :meth:`begin`. Its constructor is
+    decorated with diffusers' ``register_to_config``: that is what ``save_pretrained`` writes.
+
+        modular:  pipe.update_components(guider=method); method.bind(pipe.scheduler)
+        classic:  method.install(pipe)
+
+    A modular pipeline's ``save_pretrained`` leaves a guider of another library out: save and load it by itself.
+    """
+
+    _input_predictions: Any = ["pred_cond", "pred_uncond"]
+    pairs: ClassVar[bool] = False
+    """Whether our schedulers get the unconditional output beside the guided one (for solvers that use both)."""
+    rowwise: ClassVar[bool] = False
+    """Whether ``needs_uncond`` may answer row by row."""
+
+    def __init__(self) -> None:
+        # diffusers announces with each guider that guiders are experimental.
+        announcer = logging.getLogger("diffusers.guiders.guider_utils")
+        level = announcer.level
+        announcer.setLevel(logging.ERROR)
+        try:
+            super().__init__()
+        finally:
+            announcer.setLevel(level)
+        self._scheduler: Any = None
+        self._times: Tensor | None = None
+        self._hooks: list[Any] = []
+        self._x: Tensor | None = None
+        self._moment: Moment | None = None
+        self._needed: Any = True
+
+    # -------------------------------------------------------------- what a subclass says
+
+    def guide(self, cond: Tensor, uncond: Tensor | None, moment: Moment) -> Tensor:
+        """The output that goes to the scheduler.
+
+        Args:
+            cond: the network's output with the condition, (B, C, ...).
+            uncond: without it, or with the negative prompt; None where :meth:`needs_uncond` said False. Where it
+                said so for single rows, theirs are those of ``cond``.
+            moment: the call.
+
+        Returns:
+            Tensor: of the shape, dtype and meaning of ``cond``.
+        """
+        raise NotImplementedError
+
+    def needs_uncond(self, moment: Moment) -> bool | Tensor:
+        """Whether the network is to be evaluated without the condition: before the call, so ``x`` may be None.
+
+        With ``rowwise`` a classic pipeline takes a bool tensor (B,), too: which rows.
+        """
+        return True
+
+    def begin(self, moment: Moment) -> None:
+        """A run begins: forget the one before."""
+
+    # -------------------------------------------------------------- modular pipelines
+
+    def bind(self, scheduler: Any) -> Guidance:
+        """Let the guider know the scheduler of its modular pipeline (classic pipelines tell it themselves)."""
+        self._scheduler = scheduler
+        return self
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        super().set_state(step, num_inference_steps, timestep)
+        self._x = None
+        self._moment = Moment(step, num_inference_steps, float(timestep), None, self._scheduler)
+        if step == 0:
+            self.begin(self._moment)
+        needed = self.needs_uncond(self._moment) if self._enabled else False
+        if isinstance(needed, Tensor):
+            raise InputError(
+                "needs_uncond", "a tensor", "True or False in a modular pipeline, which calls whole batches"
+            )
+        self._needed = bool(needed)
+
+    @property
+    def num_conditions(self) -> int:
+        return 2 if self._needed else 1
+
+    @property
+    def is_conditional(self) -> bool:
+        return self._count_prepared == 1
+
+    def prepare_inputs(self, data: Any) -> list[Any]:
+        names = self._input_predictions[: self.num_conditions]
+        return [self._prepare_batch(data, i, name) for i, name in enumerate(names)]
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        names = self._input_predictions[: self.num_conditions]
+        return [self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in enumerate(names)]
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        super().prepare_models(denoiser)
+
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._x = _sample(args, kwargs)
+
+        self._hooks.append(denoiser.register_forward_pre_hook(note, with_kwargs=True))
+
+    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        moment = self._moment
+        if moment is None:
+            raise InputError("guider", type(self).__name__, "told the step first: set_state(step, steps, timestep)")
+        moment.x = self._x
+        pred = self.guide(pred_cond, pred_uncond, moment) if self._enabled else pred_cond
+        if self.pairs and pred_uncond is not None and isinstance(self._scheduler, SlotScheduler):
+            self._scheduler.uncond_output = pred_uncond
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    # -------------------------------------------------------------- classic pipelines
+
+    def attach(self, pipe: Any) -> None:
+        others = [type(m).__name__ for m in installed(pipe) if isinstance(m, Guidance)]
+        if others:
+            raise InputError("guidance", type(self).__name__, f"the only one on the pipeline ({others[0]} is on it)")
+        network = network_of(pipe)
+        self._run = _Run(self, pipe)
+        self._hooks = [
+            network.register_forward_pre_hook(self._run.before, with_kwargs=True),
+            network.register_forward_hook(self._run.after, with_kwargs=True),
+        ]
+
+    def detach(self, pipe: Any) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        if isinstance(pipe.scheduler, SlotScheduler):
+            pipe.scheduler.uncond_output = None
+
+
+class StockGuidance(Guidance):
+    """One of diffusers' own guiders with two branches, for a classic pipeline.
+
+        StockGuidance(AdaptiveProjectedGuidance(guidance_scale=5.0)).install(pipe)
+
+    Args:
+        guider: it; its ``start``, ``stop`` and other settings act as in modular pipelines.
+
+    Raises:
+        InputError: a guider of another kind (with further predictions, or hooks inside the network).
+    """
+
+    def __init__(self, guider: BaseGuidance) -> None:
+        if not isinstance(guider, BaseGuidance) or guider._input_predictions != Guidance._input_predictions:
+            raise InputError("guider", type(guider).__name__, "one of diffusers' guiders of pred_cond and pred_uncond")
+        super().__init__()
+        self.guider: Any = guider
+
+    def needs_uncond(self, moment: Moment) -> bool:
+        self.guider.set_state(step=moment.i, num_inference_steps=moment.n, timestep=torch.tensor(moment.timestep))
+        return self.guider.num_conditions > 1
+
+    def guide(self, cond: Tensor, uncond: Tensor | None, moment: Moment) -> Tensor:
+        return cast(Tensor, self.guider.forward(cond, uncond)[0])
+
+
+class _Run:
+    """The hooks of a guidance on a classic pipeline's network, and where in a run they are."""
+
+    def __init__(self, guidance: Guidance, pipe: Any) -> None:
+        self.guidance, self.pipe = guidance, pipe
+        self.cond_first = type(pipe).__name__ in COND_FIRST
+        self.times: Tensor | None = None  # the scheduler's tensor, a new one in each run
+        self.values: list[float] = []
+        self.i = self.offset = self.n = 0
+        self.moment: Moment | None = None
+        self.rows: Tensor | None = None
+        self.full = True
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = _sample(args, kwargs)
+        if self.pipe.scheduler.timesteps is not self.times:
+            self._begin(x, args[1] if len(args) > 1 else kwargs["timestep"])
+        if len(x) % 2:
+            self._refuse_single()
+        if self.i >= self.n:
+            raise InputError("call of the network", self.i + 1, f"at most the {self.n} calls of the scheduler's plan")
+        channels = getattr(module.config, "out_channels", None) or x.shape[1]
+        half = x[: len(x) // 2]
+        # An inpainting network sees mask and masked image behind the sample, another also predicts variances.
+        half = half[:, : min(channels, x.shape[1])] if x.ndim > 3 else half
+        self.moment = Moment(self.i, self.n, self.values[self.offset + self.i], half, self.pipe.scheduler)
+        if self.i == 0:
+            self.guidance.begin(self.moment)
+        needed = self.guidance.needs_uncond(self.moment)
+        self.i += 1
+        self.full, self.rows = True, None
+        if needed is True or (isinstance(needed, Tensor) and bool(needed.all())):
+            return None
+        B = len(x) // 2
+        if not isinstance(needed, Tensor):
+            needed = torch.zeros(B, dtype=torch.bool)
+        self.full = False
+        self.rows = needed.to("cpu").nonzero().flatten().to(x.device)
+        cond = torch.arange(B, device=x.device)
+        keep = torch.cat([cond, self.rows + B] if self.cond_first else [self.rows, cond + B])
+        return _taken(args, 2 * B, keep), _taken(kwargs, 2 * B, keep)
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        out = output[0] if isinstance(output, tuple) else output.sample
+        moment = self.moment
+        assert moment is not None and moment.x is not None
+        C = moment.x.shape[1]
+        rest = None
+        if out.ndim > 3 and out.shape[1] == 2 * C:
+            out, rest = out[:, :C], out[:, C:]
+        if self.full:
+            first, second = out.chunk(2)
+            cond, uncond = (first, second) if self.cond_first else (second, first)
+        else:
+            assert self.rows is not None
+            k = len(self.rows)
+            cond, some = (out[:-k] if k else out, out[len(out) - k :]) if self.cond_first else (out[k:], out[:k])
+            uncond = cond.index_copy(0, self.rows, some) if k else None
+            if rest is not None:
+                order = torch.arange(len(cond), device=out.device)
+                rest = rest[: len(cond)] if self.cond_first else rest[k:]
+                rest = rest[torch.cat([order, order])]
+        guided = self.guidance.guide(cond, uncond, moment)
+        if self.guidance.pairs and isinstance(self.pipe.scheduler, SlotScheduler):
+            self.pipe.scheduler.uncond_output = uncond
+        both = torch.cat([guided, guided])
+        if rest is not None:
+            both = torch.cat([both, rest], dim=1)
+        if isinstance(output, tuple):
+            return (both, *output[1:])
+        return type(output)(sample=both)
+
+    def _begin(self, x: Tensor, timestep: Any) -> None:
+        pipe, scheduler = self.pipe, self.pipe.scheduler
+        doubled = getattr(pipe, "do_classifier_free_guidance", None)
+        if doubled is None:
+            scale = getattr(pipe, "guidance_scale", None)
+            doubled = scale > 1 if scale is not None else len(x) % 2 == 0 and torch.equal(*x.chunk(2))
+        if not doubled:
+            self._refuse_single()
+        # One wait for the device a run; from here on the values are known.
+        self.values = [float(t) for t in scheduler.timesteps.tolist()]
+        t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        found = [i for i, value in enumerate(self.values) if abs(value - t) < 1e-3]
+        if not found:
+            raise InputError("timestep", t, "one of the scheduler's timesteps")
+        begin = getattr(scheduler, "begin_index", None)
+        self.offset = begin if begin in found else found[0]
+        self.n = len(self.values) - self.offset
+        self.i, self.times = 0, scheduler.timesteps
+
+    def _refuse_single(self) -> None:
+        name = type(self.guidance).__name__
+        network = network_of(self.pipe)
+        if getattr(network.config, "time_cond_proj_dim", None) or getattr(network.config, "guidance_embeds", False):
+            wanted = f"one with two branches: guidance is distilled into this network, {name} has nothing to guide"
+            raise InputError("pipe", type(self.pipe).__name__, wanted)
+        scale = getattr(self.pipe, "guidance_scale", 1)
+        wanted = f"above 1 while {name} is installed (any such value: the pipeline then evaluates both branches)"
+        raise InputError("guidance_scale", scale, wanted)
+
+
+# -------------------------------------------------------------------- pieces
+
+
+def network_of(pipe: Any) -> torch.nn.Module:
+    """The denoising network of a pipeline.
+
+    Raises:
+        InputError: there is none.
+    """
+    for name in ("unet", "transformer"):
+        network = getattr(pipe, name, None)
+        if isinstance(network, torch.nn.Module):
+            return network
+    raise InputError("pipe", type(pipe).__name__, "a pipeline with a unet or a transformer")
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is of flow matching: x = (1 - sigma) x_0 + sigma eps."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas", False))
+
+
+def alpha_bar(scheduler: Any, timestep: float) -> float:
+    """abar of the network's variance-preserving process at a timestep, which may be between two trained ones.
+
+    Raises:
+        InputError: the scheduler has no table of it.
+    """
+    table = getattr(scheduler, "_abar", None)  # ours is in float64
+    if table is None:
+        table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise InputError("scheduler", type(scheduler).__name__, "one of a diffusion process (with alphas_cumprod)")
+    values = table.double().cpu().numpy() if isinstance(table, Tensor) else np.asarray(table, dtype=np.float64)
+    if float(timestep).is_integer():
+        return float(values[int(timestep)])
+    # As diffusers' Euler does it: log sigma is linear between timesteps.
+    logs = 0.5 * (np.log1p(-values) - np.log(values))
+    level = float(np.interp(timestep, np.arange(len(values)), logs))
+    return 1.0 / (1.0 + math.exp(2.0 * level))
+
+
+@contextmanager
+def both_branches(pipe: Any, take: Callable[[Tensor, Tensor, Moment], None]) -> Iterator[None]:
+    """Watch a guided classic pipeline: ``take(cond, uncond, moment)`` at each call; nothing is changed."""
+
+    class Watch(Guidance):
+        def guide(self, cond: Tensor, uncond: Tensor | None, moment: Moment) -> Tensor:
+            raise AssertionError
+
+    watch = Watch()
+    run = _Run(watch, pipe)
+
+    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        out = output[0] if isinstance(output, tuple) else output.sample
+        assert run.moment is not None and run.moment.x is not None
+        first, second = out[:, : run.moment.x.shape[1]].chunk(2)
+        take(*((first, second) if run.cond_first else (second, first)), run.moment)
+
+    network = network_of(pipe)
+    hooks = [
+        network.register_forward_pre_hook(run.before, with_kwargs=True),
+        network.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The network's input among its arguments."""
+    if args:
+        return cast(Tensor, args[0])
+    return cast(Tensor, kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"])
+
+
+def _taken(value: Any, rows: int, keep: Tensor) -> Any:
+    """``value`` with every tensor of so many rows cut to those to keep."""
+    if isinstance(value, Tensor):
+        return value[keep] if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {name: _taken(item, rows, keep) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_taken(item, rows, keep) for item in value)
+    return value

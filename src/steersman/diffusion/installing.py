@@ -1,0 +1,169 @@
+"""Methods that put themselves on a diffusers pipeline and take themselves off again.
+
+Guidance needs both network outputs, steering needs the scheduler's step, a quantised network replaces layers: none
+of these is a component that a pipeline could be saved with. So they are *installed*, one on top of the other, and
+what is saved is the plain pipeline with a list of what was on it:
+
+    CFGPlusPlus(scale=0.6).install(pipe)
+    save_steered(pipe, "my-pipeline")
+    pipe = load_steered("my-pipeline")
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+from steersman import catalog
+from steersman.errors import InputError, nearest
+
+INDEX = "steering.json"
+_ATTRIBUTE = "_steersman_installed"
+
+
+class Installable:
+    """A method on a pipeline: ``method.install(pipe)``, ``method.uninstall()``; or ``with method.install(pipe):``.
+
+    A subclass writes :meth:`attach` and :meth:`detach`, which may be called in turn any number of times; and
+    ``save_pretrained(folder)`` and a classmethod ``from_pretrained(folder)``, if it is to be saved with a pipeline.
+    """
+
+    _pipe: Any = None
+
+    def attach(self, pipe: Any) -> None:
+        """Put the method on ``pipe``; nothing of it may stay if this raises.
+
+        Raises:
+            InputError: the method can't work on this pipeline.
+        """
+        raise NotImplementedError
+
+    def detach(self, pipe: Any) -> None:
+        """Leave ``pipe`` as it was before :meth:`attach`."""
+        raise NotImplementedError
+
+    def install(self, pipe: Any) -> Self:
+        """Put the method on ``pipe``, on top of what is there.
+
+        Raises:
+            InputError: it is on a pipeline already, or can't work on this one.
+        """
+        name = type(self).__name__
+        if self._pipe is not None:
+            raise InputError(
+                "pipe", type(pipe).__name__, f"given to a {name} that is on no pipeline (uninstall it first)"
+            )
+        self.attach(pipe)
+        self._pipe = pipe
+        pipe.__dict__.setdefault(_ATTRIBUTE, []).append(self)
+        return self
+
+    def uninstall(self) -> None:
+        """Take the method off its pipeline.
+
+        Raises:
+            InputError: it is on none, or another method was installed on top of it.
+        """
+        name, pipe = type(self).__name__, self._pipe
+        if pipe is None:
+            raise InputError("method", name, "one that is installed on a pipeline")
+        stack = installed(pipe)
+        if stack[-1] is not self:
+            raise InputError("method", name, f"the one on top: first uninstall {type(stack[-1]).__name__}")
+        self.detach(pipe)
+        pipe.__dict__[_ATTRIBUTE].pop()
+        self._pipe = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.uninstall()
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """What can be saved with a pipeline."""
+
+    def save_pretrained(self, folder: Any) -> Any: ...
+
+
+def installed(pipe: Any) -> tuple[Installable, ...]:
+    """The methods on ``pipe``, the first that was installed first."""
+    return tuple(pipe.__dict__.get(_ATTRIBUTE, ()))
+
+
+def save_steered(pipe: Any, folder: str | Path) -> None:
+    """Save the plain pipeline, as diffusers does, and beside it what is installed on it.
+
+    Args:
+        pipe: a pipeline with any number of installed methods; it has them afterwards, too.
+        folder: where; ``DiffusionPipeline.from_pretrained`` reads the plain pipeline in it.
+
+    Raises:
+        InputError: a method can't be saved.
+    """
+    folder, stack = Path(folder), installed(pipe)
+    for method in stack:
+        if not isinstance(method, Saved):
+            raise InputError("pipe", type(method).__name__, "with methods that have save_pretrained")
+    entries = []
+    for i, method in enumerate(stack):
+        own = f"steering/{i}"
+        method.save_pretrained(folder / own)  # type: ignore[attr-defined]
+        entries.append({"class": type(method).__name__, "folder": own})
+    for method in reversed(stack):
+        method.uninstall()
+    try:
+        pipe.save_pretrained(str(folder))
+    finally:
+        for method in stack:
+            method.install(pipe)
+    (folder / INDEX).write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def load_steered(folder: str | Path, **overrides: dict[str, Any]) -> Any:
+    """The pipeline that :func:`save_steered` wrote, with its methods installed again, in the same order.
+
+    Args:
+        folder: where it is.
+        overrides: keyword arguments of a class's ``from_pretrained``, by the class's name: what can't be saved, like
+            ``FKSteering={"reward": score}``.
+
+    Raises:
+        InputError: no such folder, a class that isn't one of the room's, or an override without its class.
+    """
+    from steersman.diffusion.images import load_pipeline
+
+    folder = Path(folder)
+    try:
+        entries = json.loads((folder / INDEX).read_text())
+        classes = [(str(entry["class"]), folder / str(entry["folder"])) for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError("folder", str(folder), f"one that save_steered wrote ({reason})") from None
+    for name in overrides:
+        if name not in [found for found, _ in classes]:
+            raise InputError("override", name, nearest(name, [found for found, _ in classes]))
+    pipe = load_pipeline(folder)
+    for name, own in classes:
+        kind = _known(name)
+        kind.from_pretrained(own, **overrides.get(name, {})).install(pipe)
+    return pipe
+
+
+def _known(name: str) -> Any:
+    """The installable class of that name: the room's, or a card's of another package."""
+    from steersman import diffusion
+
+    if name in diffusion.__all__:
+        found = getattr(diffusion, name)
+    else:
+        objects = {card.object.partition(":")[2]: card for card in catalog.cards().values()}
+        if name not in objects:
+            raise InputError("class in steering.json", name, nearest(name, [*diffusion.__all__, *objects]))
+        found = objects[name].load()
+    if not (isinstance(found, type) and issubclass(found, Installable)):
+        raise InputError("class in steering.json", name, "a method that installs itself")
+    return found

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steersman.benches.sampling import Sampling, _prompts
+from steersman.benches._pipelines import prompts_in
+from steersman.benches.sampling import Sampling
 from steersman.engine.compare import compare
 from steersman.engine.comparison import Comparison
 from steersman.engine.streams import Streams
@@ -275,7 +276,7 @@ def test_prompts_that_cannot_be_read(world):
     for path in ("nowhere.txt", "empty.txt"):
         Path("empty.txt").write_text("\n \n")
         with pytest.raises(InputError, match="prompts"):
-            _prompts(path)
+            prompts_in(path)
     with pytest.raises(InputError, match="prompts"):
         run(["ddim"], "mine.py:stable_diffusion")
 

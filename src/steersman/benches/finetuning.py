@@ -33,7 +33,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from steersman import catalog
-from steersman.benches.sampling import most_steps, of_diffusers
+from steersman.benches._pipelines import most_steps, of_diffusers
 from steersman.diffusion import mmd_ddm
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline

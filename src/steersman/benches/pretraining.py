@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from steersman import catalog
 from steersman.benches import finetuning
+from steersman.benches._pipelines import noise_kind
 from steersman.benches.finetuning import Data, Finetuning, digits_data, image_figures, own_data
-from steersman.benches.sampling import noise_kind
 from steersman.diffusion import DDIMScheduler, HeunScheduler, pfgm_pp
 from steersman.diffusion.images import load_pipeline
 from steersman.diffusion.pipelines import ClassConditionalPipeline

@@ -149,6 +149,7 @@ class Guidance(Installable, BaseGuidance):
     """
 
     _input_predictions: Any = ["pred_cond", "pred_uncond"]
+    branches = 2
     pairs: ClassVar[bool] = False
     """Whether our schedulers get the unconditional output beside the guided one (for solvers that use both)."""
     rowwise: ClassVar[bool] = False

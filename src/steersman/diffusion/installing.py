@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from steersman import catalog
 from steersman.errors import InputError, nearest
@@ -27,8 +27,13 @@ class Installable:
 
     A subclass writes :meth:`attach` and :meth:`detach`, which may be called in turn any number of times; and
     ``save_pretrained(folder)`` and a classmethod ``from_pretrained(folder)``, if it is to be saved with a pipeline.
+
+    Attributes:
+        branches: in how many branches the pipeline must evaluate the network: 2 (its ``guidance_scale`` above 1), 1
+            (``guidance_scale=1``), or None if the method does not care.
     """
 
+    branches: ClassVar[int | None] = None
     _pipe: Any = None
 
     def attach(self, pipe: Any) -> None:

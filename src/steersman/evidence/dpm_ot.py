@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steersman.benches import sampling
-from steersman.benches.sampling import Sampling, Subject
+from steersman.benches import _pipelines
+from steersman.benches._pipelines import Subject
+from steersman.benches.sampling import Sampling
 from steersman.diffusion.dpm_ot import DPMOTPipeline, TransportMap
 from steersman.engine.bench import Figure, Knob, PartInfo, Setting, TrialLog
 from steersman.engine.claims import Claim, Effects, equivalence
@@ -103,14 +104,14 @@ class LatentBanks(Sampling):
 
     def trial(self, h: Any, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         s, n = h.subject, setting["samples"]
-        data = self._data(s, setting)
-        labels = sampling.asked_for(s, data, setting, rng)
+        data = self.data(s, setting)
+        labels = _pipelines.asked_for(s, data, setting, rng)
         bank = _images(s, None, rng)[0]
         figures: dict[str, float] = {}
         if h.real:
-            samples = sampling.stand_ins(s, data, labels, setting, rng)
+            samples = _pipelines.stand_ins(s, data, labels, setting, rng)
         else:
-            noise = sampling.shared_noise(s, n, rng)
+            noise = _pipelines.shared_noise(s, n, rng)
             fresh = h.installs[0] if h.installs else None
             pipe = s.pipe if fresh is None else _pipeline(s, fresh, rng, log)
             if fresh is not None:
@@ -149,7 +150,7 @@ class _Run:
             self.steps, self.calls = calls, 0 if pipe.lookup_only else len(pipe.plan(calls))
             pipe.scheduler = own
         else:
-            self.steps = sampling.most_steps(scheduler, calls)
+            self.steps = _pipelines.most_steps(scheduler, calls)
             scheduler.set_timesteps(self.steps)
             self.calls = len(scheduler.timesteps)
 

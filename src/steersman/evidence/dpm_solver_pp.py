@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from steersman.benches.sampling import Sampling, Subject
+from steersman.benches._pipelines import Subject
+from steersman.benches.sampling import Sampling
 from steersman.engine import contenders
 from steersman.engine.claims import Claim, Effects
 from steersman.engine.comparison import Comparison

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from steersman.benches.sampling import Sampling, Subject
+from steersman.benches._pipelines import Subject
+from steersman.benches.sampling import Sampling
 from steersman.engine.claims import Claim, Effects
 from steersman.engine.comparison import Comparison
 from steersman.evidence.study import Study

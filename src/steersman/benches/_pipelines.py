@@ -25,7 +25,6 @@ from steersman import catalog
 from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK4Scheduler
 from steersman.diffusion.guidance import Guidance
 from steersman.diffusion.images import load_pipeline, read_images
-from steersman.diffusion.installing import Installable
 from steersman.diffusion.pipelines import ClassConditionalPipeline
 from steersman.engine import artefacts, subjects
 from steersman.engine.bench import Knob, PartInfo
@@ -338,8 +337,7 @@ def _mounting(method: Any) -> Any:
     **knobs)`` and then ``install``; None where the artefact is a pipeline."""
     if hasattr(method, "mount"):
         return method.mount
-    kind: Any = method
-    return kind.from_pretrained if isinstance(kind, type) and issubclass(kind, Installable) else None
+    return method.from_pretrained if hasattr(method, "install") and hasattr(method, "from_pretrained") else None
 
 
 def _given(mounting: Any) -> list[str]:

@@ -99,7 +99,21 @@ class Subject:
 
 @dataclass
 class Host:
-    """A pipeline to be run once, and what contenders put on it."""
+    """A pipeline to be run once, and what contenders put on it.
+
+    Args:
+        subject, setting: of the trial.
+        pipe: that is run.
+        parts: mounted so far.
+        scheduler: of the contender; None is the pipeline's own.
+        real: real images take the samples' place.
+        recipe: makes its artefact before the trial.
+        installs: methods that are put on the pipeline for the run, in this order.
+        guidance: the pipeline's ``guidance_scale``; None is its default.
+        scale: of the pipeline's own guidance, where a part set it.
+        steps: of the sampler, where a part set it.
+        evaluated: rows of the network that the run took.
+    """
 
     subject: Subject
     setting: Setting
@@ -110,6 +124,15 @@ class Host:
     recipe: Part | None = None
     installs: list[Any] = field(default_factory=list)
     guidance: float | None = None
+    scale: float | None = None
+    steps: int | None = None
+    evaluated: int = 0
+
+    def stack(self, method: Any) -> None:
+        """Put a method on top of those that are there."""
+        if isinstance(method, Guidance) and any(isinstance(other, Guidance) for other in self.installs):
+            raise InputError("methods", self.label, "a contender with one guidance")
+        self.installs.append(method)
 
     @property
     def label(self) -> str:
@@ -250,7 +273,7 @@ class PipelineBench:
                 )
             h.recipe = part
         elif hasattr(build, "install") and hasattr(build, "uninstall"):
-            _stack(h, build(**checked_knobs(build, part)))
+            h.stack(build(**checked_knobs(build, part)))
         else:
             raise InputError("methods", part.id, "a sampler, or a method that installs itself on a pipeline")
         if h.real and len(h.parts) > 1:
@@ -354,13 +377,6 @@ def _made_first(build: Any, part: Part) -> bool:
         return True
     own = inspect.signature(build).parameters
     return any(name not in own for name in part.knobs)
-
-
-def _stack(h: Host, method: Any) -> None:
-    """Put a method on top of those of a contender."""
-    if isinstance(method, Guidance) and any(isinstance(other, Guidance) for other in h.installs):
-        raise InputError("methods", h.label, "a contender with one guidance")
-    h.installs.append(method)
 
 
 def _split_knobs(part: Part) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -585,7 +601,8 @@ def run(h: Host, noise: Tensor, labels: Any, generator: Any, **plan: Any) -> Ten
 
 
 @torch.no_grad()
-def sample(h: Host, scheduler: Any, steps: int, labels: Any, rng: Streams, log: TrialLog) -> Tensor:
+def sample(h: Host, scheduler: Any, steps: int, labels: Any, rng: Streams, log: TrialLog, clamp: bool = True) -> Tensor:
+    """What the contender makes of the shared noise: latents, or pixels (clipped to [-1, 1])."""
     s, setting = h.subject, h.setting
     noise = shared_noise(s, setting["samples"], rng)
     batch = batch_size(s, setting)
@@ -601,7 +618,8 @@ def sample(h: Host, scheduler: Any, steps: int, labels: Any, rng: Streams, log: 
     samples = torch.cat(parts)
     if not bool(samples.isfinite().all()):
         raise TrialError(f"the samples of {h.label} are not finite, though the network's outputs are")
-    return samples.clamp(-1, 1) if s.kind == "pixels" else samples
+    h.evaluated = watch.rows
+    return samples.clamp(-1, 1) if s.kind == "pixels" and clamp else samples
 
 
 @contextmanager
@@ -635,6 +653,10 @@ class Watch:
     def __init__(self, h: Host, log: TrialLog, batches: int) -> None:
         self.h, self.log, self.batches, self.done = h, log, batches, 0
         self.finite: list[Tensor] = []
+        self.rows = 0
+
+    def count(self, module: Any, arguments: Any, keywords: Any) -> None:
+        self.rows += len(arguments[0] if arguments else keywords["sample"])
 
     def begin(self) -> None:
         self.finite = []
@@ -660,16 +682,20 @@ class Watch:
 @contextmanager
 def watched(h: Host, log: TrialLog, batches: int) -> Iterator[Watch]:
     watch = Watch(h, log, batches)
-    hook = h.pipe.unet.register_forward_hook(watch)
+    hooks = [
+        h.pipe.unet.register_forward_pre_hook(watch.count, with_kwargs=True),
+        h.pipe.unet.register_forward_hook(watch),
+    ]
     try:
         yield watch
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
-def decode(s: Subject, samples: Tensor, batch: int) -> Tensor:
-    """Images in [-1, 1]."""
+def decode(s: Subject, samples: Tensor, batch: int, clamp: bool = True) -> Tensor:
+    """Images in [-1, 1] (with ``clamp``)."""
     if s.kind == "pixels":
         return samples
     vae = s.pipe.vae
@@ -677,4 +703,5 @@ def decode(s: Subject, samples: Tensor, batch: int) -> Tensor:
         vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float().cpu()
         for part in samples.split(batch)
     ]
-    return torch.cat(parts).clamp(-1, 1)
+    images = torch.cat(parts)
+    return images.clamp(-1, 1) if clamp else images

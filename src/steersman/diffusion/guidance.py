@@ -156,14 +156,8 @@ class Guidance(Installable, BaseGuidance):
     """Whether ``needs_uncond`` may answer row by row."""
 
     def __init__(self) -> None:
-        # diffusers announces with each guider that guiders are experimental.
-        announcer = logging.getLogger("diffusers.guiders.guider_utils")
-        level = announcer.level
-        announcer.setLevel(logging.ERROR)
-        try:
+        with unannounced():
             super().__init__()
-        finally:
-            announcer.setLevel(level)
         self._scheduler: Any = None
         self._times: Tensor | None = None
         self._hooks: list[Any] = []
@@ -404,6 +398,18 @@ class _Run:
 
 
 # -------------------------------------------------------------------- pieces
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Without diffusers' announcement, at each guider that is made, that guiders are experimental."""
+    announcer = logging.getLogger("diffusers.guiders.guider_utils")
+    level = announcer.level
+    announcer.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        announcer.setLevel(level)
 
 
 def network_of(pipe: Any) -> torch.nn.Module:

@@ -1,0 +1,1 @@
+"""FK steering."""

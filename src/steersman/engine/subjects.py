@@ -82,13 +82,14 @@ def resolve(spec: str) -> Subject:
 
 def write_images(subject: Subject, folder: Path) -> Path | None:
     """The training images of a reference subject that has any, as ``images.npz`` in ``folder``: images (n, H, W, C)
-    in [0, 1], and their labels where they are numbers."""
+    in [0, 1], and their labels or captions."""
     from steersman.reference import loading
 
     name = subject.spec.partition(":")[0].partition("/")[0]
     if subject.kind != "reference" or name in loading.ANALYTIC:
         return None
-    images = getattr(importlib.import_module(f"steersman.reference.{name}"), "images", None)
+    module = importlib.import_module(f"steersman.reference.{name}")
+    images = getattr(module, "images", None)
     if images is None:
         return None
     import numpy as np
@@ -98,6 +99,8 @@ def write_images(subject: Subject, folder: Path) -> Path | None:
     arrays = {"images": ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()}
     if labels is not None:
         arrays["labels"] = labels.numpy()
+    if hasattr(module, "captions"):
+        arrays["captions"] = np.array(module.captions("train"))
     file = folder / "images.npz"
     np.savez(file, **arrays)
     return file

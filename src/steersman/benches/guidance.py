@@ -87,7 +87,7 @@ class GuidanceBench(PipelineBench):
     shape: Shape = "Sampler"
     headline: tuple[str, str] = ("frechet", "calls_used")
     knobs: Mapping[str, Knob] = {
-        "steps": Knob(int, (20,), "steps of the sampler", low=1, high=1000),
+        "steps": Knob(int, (20,), "calls of each branch; a sampler takes the most steps that fit", low=1, high=1000),
         **PipelineBench.knobs,
         "guidance": Knob(float, 3.0, "scale of contenders that name none, and of fidelity's reference", low=1.01),
         "fidelity": Knob(

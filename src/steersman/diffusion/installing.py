@@ -96,7 +96,7 @@ class Saved(Protocol):
 
 def installed(pipe: Any) -> tuple[Installable, ...]:
     """The methods on ``pipe``, the first that was installed first."""
-    return tuple(pipe.__dict__.get(_ATTRIBUTE, ()))
+    return tuple(getattr(pipe, _ATTRIBUTE, ()))
 
 
 def save_steered(pipe: Any, folder: str | Path) -> None:

@@ -47,6 +47,8 @@ FOUNDATIONS = {
             "RK4",
         ],
         "steersman.diffusion.pipelines": ["ClassConditionalPipeline"],
+        "steersman.diffusion.guidance": ["Guidance", "StockGuidance", "Moment"],
+        "steersman.diffusion.installing": ["Installable", "installed", "save_steered", "load_steered"],
     },
     "language": {"steersman.language.contrastive_search": ["ContrastiveSearch"]},
 }

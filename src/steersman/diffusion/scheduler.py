@@ -39,7 +39,6 @@ from steersman.diffusion.solver import (
     Prediction,
     Solver,
     Step,
-    first_order,
     gaussian,
     plan,
     take,
@@ -445,7 +444,7 @@ class SlotScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 slot.k, x, pred, slot.step, self._state, lambda like: gaussian(like, generator)
             )
         elif slot.next < slot.t:
-            after = first_order(self._solver.process, x, pred, slot.t, slot.next)
+            after = self._solver.first_order_step(x, pred, slot.t, slot.next)
         else:
             after = x
         after = after.to(sample.dtype)

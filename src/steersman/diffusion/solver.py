@@ -407,6 +407,10 @@ class Solver(ABC, Generic[State]):
         ``step.s``. At stage 0 ``x`` is the step's start (whoever drives the solver may have changed it).
         """
 
+    def first_order_step(self, x: Tensor, pred: Prediction, t: float, s: float) -> Tensor:
+        """From ``t`` to ``s`` by ``pred`` alone: what takes the place of a step that can't be followed to its end."""
+        return first_order(self.process, x, pred, t, s)
+
     def steps(self, times: Sequence[float]) -> list[Step]:
         """The steps over the falling grid ``times``: one an interval, unless a solver's step spans several."""
         n = len(times) - 1

@@ -1,0 +1,168 @@
+"""``steersman apply ptq4dm``: a folder with a pipeline's quantised network."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steersman.diffusion.images import load_pipeline, read_images
+from steersman.diffusion.ptq4dm.calibration import Calibration, Pairing, States, Times, network
+from steersman.diffusion.ptq4dm.layers import Execution, Placement, Scheme
+from steersman.diffusion.ptq4dm.method import quantize_ptq4dm
+from steersman.diffusion.ptq4dm.quantisers import Metric
+from steersman.errors import InputError
+
+LISTS = (".txt", ".csv", ".jsonl")
+
+
+def apply(
+    subject: str | Path,
+    input: Path | None,
+    out: Path,
+    *,
+    seed: int = 0,
+    log: Callable[[str], None] = lambda line: None,
+    bits: int = 8,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    states: States = "noise_backward_t",
+    times: Times = "normal",
+    size: int = 1024,
+    mean: float = 0.4,
+    std: float = 0.4,
+    pairing: Pairing = "true",
+    batch: int = 256,
+    steps: int = 50,
+    guidance: float | None = None,
+    prompts: Path | None = None,
+    activations: Placement = "input",
+    metric: Metric = "l2.4",
+    scheme: Scheme = "symmetric",
+    by_timestep: bool = False,
+    layers: str | None = None,
+    adaround: int = 0,
+    qdrop: float = 0.5,
+    execution: Execution = "simulated",
+) -> dict[str, Any]:
+    """Quantise the network of the pipeline ``subject``.
+
+    Args:
+        subject: a diffusers pipeline folder, or hub id.
+        input: what the pipeline is asked for, one a line (.txt), or in the column ``prompt`` or ``label`` (.csv,
+            .jsonl); or images, for states of images: a folder, .zip, .npz (with ``labels`` or ``captions``) or .npy.
+        out: where the quantised network goes.
+        seed: of everything random.
+        log: gets a line now and then.
+        prompts: what the pipeline is asked for, where ``input`` holds images.
+        layers: bits of single layers, like ``mid_block.*=32,conv_in=8``.
+        bits, weight_bits, activation_bits, states, times, size, mean, std, pairing, batch, steps, guidance,
+            activations, metric, scheme, by_timestep, adaround, qdrop, execution: see :func:`quantize_ptq4dm` and
+            :class:`Calibration`.
+
+    Returns:
+        dict: megabytes before and after, the layers' signal-to-noise ratios, and what stayed in floating point.
+
+    Raises:
+        InputError: a subject, input or settings that don't fit together.
+    """
+    calibration = Calibration(states, times, size, mean, std, pairing, batch)
+    pipe = load_pipeline(subject)
+    pipe.set_progress_bar_config(disable=True)
+    net = network(pipe)
+    labels: Any = None
+    asked: Any = None
+    images: Tensor | None = None
+    for file in (input, prompts):
+        if file is not None and file.suffix.lower() in LISTS:
+            asked, labels = read_conditions(file)
+        elif file is not None and file is prompts:
+            raise InputError("prompts", str(file), f"a file with one a line, or a table ({', '.join(LISTS)})")
+    if input is not None and input.suffix.lower() not in LISTS:
+        images, own_labels, captions = _images(pipe, input)
+        labels = own_labels if labels is None and states in ("raw", "raw_forward_t") else labels
+        asked = captions if asked is None else asked
+        if len(images) > size:
+            rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size].tolist()
+            images = images[rows]
+            labels = [labels[i] for i in rows] if labels is not None and labels is own_labels else labels
+            asked = [asked[i] for i in rows] if asked is not None and asked is captions else asked
+    method = quantize_ptq4dm(
+        pipe,
+        bits,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        calibration=calibration,
+        steps=steps,
+        guidance=guidance,
+        labels=labels,
+        prompts=asked,
+        images=images if states in ("raw", "raw_forward_t") else None,
+        activations=activations,
+        metric=metric,
+        scheme=scheme,
+        by_timestep=by_timestep,
+        layers=_bits_of_layers(layers),
+        adaround=adaround,
+        qdrop=qdrop,
+        execution=execution,
+        generator=torch.Generator().manual_seed(seed),
+        progress=log,
+    )
+    method.save_pretrained(out)
+    before = sum(p.numel() * p.element_size() for p in net.parameters())
+    after = method.footprint(net)
+    return {"megabytes": after / 1e6, "megabytes_before": before / 1e6, "ratio": before / after, **method.report()}
+
+
+def read_conditions(file: Path) -> tuple[list[str] | None, list[int] | None]:
+    """Prompts, or labels, of a text file or table.
+
+    Raises:
+        InputError: it can't be read, or holds neither.
+    """
+    try:
+        text = file.expanduser().read_text(encoding="utf-8")
+        if file.suffix.lower() == ".txt":
+            rows: list[dict[str, Any]] = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+        elif file.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if rows and all("prompt" in row for row in rows):
+            return [str(row["prompt"]) for row in rows], None
+        if rows and all("label" in row for row in rows):
+            return None, [int(row["label"]) for row in rows]
+        reason = "neither in every row"
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:150]
+    raise InputError("input", str(file), f"rows with a prompt, or a label, each ({reason})")
+
+
+def _images(pipe: Any, source: Path) -> tuple[Tensor, list[int] | None, list[str] | None]:
+    """Images in [-1, 1], and their labels or captions, where there are any."""
+    channels = 3 if getattr(pipe, "vae", None) is not None else network(pipe).config.get("in_channels")  # type: ignore[union-attr,operator]
+    pixels, labels = read_images(source, channels, None)
+    captions = None
+    if source.suffix.lower() == ".npz":
+        with np.load(source, allow_pickle=False) as found:
+            captions = [str(text) for text in found["captions"]] if "captions" in found else None
+    return 2 * pixels - 1, None if labels is None else labels.tolist(), captions
+
+
+def _bits_of_layers(text: str | None) -> dict[str, int]:
+    """``pattern=bits,pattern=bits`` as a table."""
+    found = {}
+    for piece in (text or "").split(","):
+        if piece.strip():
+            pattern, _, bits = piece.strip().rpartition("=")
+            if not pattern or not bits.isdecimal():
+                raise InputError("layers", text, "like mid_block.*=32,conv_in=8")
+            found[pattern] = int(bits)
+    return found

@@ -264,14 +264,16 @@ class DDIMInversion(Solver[tuple[()]]):
 class CFGPPScheduler(SolverScheduler):
     """A scheduler of CFG++: it needs the network's two outputs, which an installed ``CFGPlusPlus`` hands to it.
 
-    ``from_config`` takes over the settings of another scheduler but ``set_alpha_to_one``: the last step ends at
-    abar = 1, so that the result is the guided estimate, without unconditional noise on it.
+    ``from_config`` takes over another scheduler's settings, those that it left at their defaults too, but
+    ``set_alpha_to_one`` has to be given: the last step ends at abar = 1, so that the result is the guided estimate,
+    without unconditional noise on it.
     """
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        if isinstance(config, dict) and "CFGPP" not in str(config.get("_class_name")):
+        if isinstance(config, dict) and config.get("_class_name") != cls.__name__:
             kwargs.setdefault("set_alpha_to_one", True)
+            config = {**config, "_use_default_values": []}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
 

@@ -91,8 +91,10 @@ def apply(
         if len(images) > size:
             rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:size].tolist()
             images = images[rows]
-            labels = [labels[i] for i in rows] if labels is not None and labels is own_labels else labels
-            asked = [asked[i] for i in rows] if asked is not None and asked is captions else asked
+            if own_labels is not None and labels is own_labels:
+                labels = [own_labels[i] for i in rows]
+            if captions is not None and asked is captions:
+                asked = [captions[i] for i in rows]
     method = quantize_ptq4dm(
         pipe,
         bits,

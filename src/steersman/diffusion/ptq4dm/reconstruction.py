@@ -51,12 +51,12 @@ class _Rounding(nn.Module):
         assert layer.scale is not None
         w = layer.layer.weight.detach().float()
         steps = w / layer.scale.reshape(-1, *[1] * (w.ndim - 1))
-        self.below, self.half = steps.floor(), 2 ** (layer.weight_bits - 1)
+        self.below, self.top = steps.floor(), 2 ** (layer.weight_bits - 1) - 1
         rest = (steps - self.below).clamp(1e-4, 1 - 1e-4)
         self.V = nn.Parameter(-torch.log(1.2 / (rest + 0.1) - 1))
 
     def integers(self, h: Tensor) -> Tensor:
-        return (self.below + h).clamp(-self.half, self.half - 1)
+        return (self.below + h).clamp(-self.top - 1, self.top)
 
 
 def blocks(net: nn.Module, layers: Mapping[str, QuantisedLayer]) -> dict[str, list[str]]:

@@ -124,6 +124,24 @@ def test_erratum_weights_that_a_skipped_resampling_drops_are_lost():
     assert averaged(fk, drop=True)[0] < 0.3
 
 
+def test_erratum_a_floor_of_zero_makes_max_blind_to_negative_rewards():
+    """Log-probabilities are below 0: with the published floor every particle weighs the same until the end."""
+    r = torch.tensor([[-9.0, -1.0, -4.0]], dtype=torch.float64)
+    official, ours = (FeynmanKac(3, "max", 1.0, r_min=floor) for floor in (0.0, None))
+    assert official.weigh(official.init(1), r).log_weights.tolist() == [[0.0, 0.0, 0.0]]
+    assert ours.weigh(ours.init(1), r).log_weights.tolist() == r.tolist()
+
+
+def test_erratum_weights_are_not_cut():
+    """exp(λ r) cut to [0, 1e10] ties every reward above 2.3 at λ = 10, and in half precision from 1.1 on."""
+    r = torch.tensor([[3.0, 5.0, 90.0, 90.1]], dtype=torch.float64)
+    cut = (10.0 * r.float()).exp().nan_to_num(0.0).clamp(0, 1e10)
+    assert bool((cut == cut[0, 0]).all())
+    fk = FeynmanKac(4, "difference", 10.0)
+    weights = fk.weigh(fk.init(1), r).weights
+    assert torch.allclose(weights, torch.softmax(10 * r, 1), rtol=1e-12) and float(weights[0, 3]) > 0.7
+
+
 @pytest.mark.parametrize("potential", ["difference", "importance"])
 def test_the_normaliser_is_unbiased(potential):
     """E exp(λ x) = exp(λ² / 2), with as few as 16 particles."""

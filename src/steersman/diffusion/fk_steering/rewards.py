@@ -18,7 +18,7 @@ import math
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -129,7 +129,11 @@ class Reward:
             self.function = source
         else:
             raise InputError("reward", source, "a function, file.py:name, or http://...")
-        self.wants = tuple(name for name in CONTEXT if name in _parameters(self.function))
+        parameters = _parameters(self.function)
+        self.wants = {
+            name: parameters[name].default is inspect.Parameter.empty for name in CONTEXT if name in parameters
+        }
+        """What it asks for, and whether it can't do without."""
 
     def __call__(self, images: Tensor, names: Sequence[str], **context: Sequence[Any] | None) -> Tensor:
         """Rewards (n,) in float64 on the CPU.
@@ -144,11 +148,11 @@ class Reward:
                 finite numbers (with ``on_error="stop"``).
             TrialError: it failed or took too long (with ``on_error="stop"``).
         """
-        for name in self.wants:
-            if context.get(name) is None:
+        for name, needed in self.wants.items():
+            if needed and context.get(name) is None:
                 told = self.text or _name(self.function)
                 raise InputError("reward", told, f"one without {name} (none are known here)")
-        asked = {name: context[name] for name in self.wants}
+        asked = {name: context[name] for name in self.wants if context.get(name) is not None}
         size = self.micro_batch or len(images)
         parts = [self._chunk(images, names, asked, i, min(i + size, len(images))) for i in range(0, len(images), size)]
         return torch.cat(parts)
@@ -273,11 +277,11 @@ class LearnedReward:
         return losses
 
 
-def _parameters(function: Callable[..., Any]) -> Sequence[str]:
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
-        return [*inspect.signature(function).parameters]
+        return inspect.signature(function).parameters
     except (TypeError, ValueError):
-        return []
+        return {}
 
 
 def _name(function: Callable[..., Any]) -> str:

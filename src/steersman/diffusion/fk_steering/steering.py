@@ -117,9 +117,10 @@ class FKSteering(Installable):
         r_min, official_terminal: see :class:`FeynmanKac`.
         intermediate: r_t on the way: None is the reward of the clean sample that the network sees in x_t; otherwise a
             function of x_t (B, ...) and timesteps (B,), like :class:`LearnedReward`.
-        gradient: γ; from 0 on, each step's mean is shifted by γ w² ∇ λ r at the clean sample that the network sees,
-            with w the step's standard deviation, and the weights are corrected for it. The reward must be
-            differentiable; the scheduler must be ours, or one with ``variance_noise``.
+        gradient: γ; above 0 each step's mean is shifted by γ w² α_t ∇ λ r at the clean sample that the network sees,
+            with w the step's standard deviation (α_t stands for the network's derivative, which it is for standard
+            normal data), and the weights are corrected for it. The reward must be differentiable; the scheduler must
+            be ours, or one with ``variance_noise``.
         space: ``image`` decodes what is scored to [0, 1]; ``latent`` leaves it as the scheduler has it.
         returns: ``all`` k after the last resampling; the ``best`` of each prompt; ``unique``: without copies.
         micro_batch: images that are decoded and scored at once; None is all.
@@ -454,11 +455,7 @@ class _Run:
         steering, k = self.steering, self.core.particles
         B = len(clean)
         names = [f"particle {row % k} of prompt {row // k}, step {i + 1} of {self.n}" for row in range(B)]
-        labels = self.conditioning.get("class_labels")
-        context: dict[str, Sequence[Any] | None] = {
-            "prompts": _spread(self.prompts, B),
-            "labels": None if labels is None or len(labels) < B else labels[-B:].tolist(),
-        }
+        context = self._context(B)
         size = steering.micro_batch or B
         found = []
         for start in range(0, B, size):
@@ -467,6 +464,12 @@ class _Run:
             own = {name: None if value is None else value[part] for name, value in context.items()}
             found.append(steering.reward(images, names[part], **own))
         return torch.cat(found)
+
+    def _context(self, rows: int) -> dict[str, Sequence[Any] | None]:
+        """What is known of the rows: with guidance the labelled ones come last."""
+        labels = self.conditioning.get("class_labels")
+        known = None if labels is None or len(labels) < rows else labels[-rows:].tolist()
+        return {"prompts": _spread(self.prompts, rows), "labels": known}
 
     # -------------------------------------------------------------- gradient proposals
 
@@ -506,7 +509,7 @@ class _Run:
     def _shifted(
         self, after: Tensor, kernel: tuple[Tensor, float], out: Any, given: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """x + δ with δ = γ w² ∇ λ r, and log N(x + δ; m, w²) - log N(x + δ; m + δ, w²)."""
+        """x + δ with δ = γ w² α ∇ λ r, and log N(x + δ; m, w²) - log N(x + δ; m + δ, w²)."""
         mean, w = kernel
         if w <= 1e-12:
             return after, None
@@ -515,12 +518,15 @@ class _Run:
         with torch.enable_grad():
             x0 = clean.detach().float().requires_grad_()
             images = x0 if steering.space == "latent" else decoded(self.pipe, x0)
-            context = {"prompts": _spread(self.prompts, len(x0)), "labels": self.conditioning.get("class_labels")}
-            r = steering.reward.function(images, **{name: context[name] for name in steering.reward.wants})
+            context = self._context(len(x0))
+            asked = {name: context[name] for name in steering.reward.wants if context[name] is not None}
+            r = steering.reward.function(images, **asked)
             if not isinstance(r, Tensor) or not r.requires_grad:
                 raise InputError("reward", steering.reward.text, "differentiable in the images, for gradient above 0")
             (slope,) = torch.autograd.grad(r.sum(), x0)
-        shift = steering.gradient * w**2 * self.core.scale * slope.to(after)
+        t = float(torch.as_tensor(given["timestep"]).flatten()[0])
+        alpha = Moment(self.i, self.n, t, None, self.scheduler).alpha
+        shift = steering.gradient * w**2 * alpha * self.core.scale * slope.to(after)
         noise = (after - mean).double()
         log_ratio = -((noise * shift.double() + 0.5 * shift.double().square()).flatten(1).sum(1)) / w**2
         return after + shift, log_ratio.reshape(-1, k).cpu()

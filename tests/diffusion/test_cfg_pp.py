@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from steersman.diffusion.cfg_pp import (
     CFGPP,
@@ -26,6 +27,7 @@ from steersman.diffusion.cfg_pp import (
     EulerCFGPPScheduler,
     LinearOperator,
     Mask,
+    apply,
     edit,
     equivalent_scales,
     guided,
@@ -38,6 +40,7 @@ from steersman.diffusion.cfg_pp import (
 from steersman.diffusion.classical import DDIM, DDIMScheduler, EulerScheduler, HeunScheduler
 from steersman.diffusion.dpm_solver_pp import DPMSolverPP, DPMSolverPPScheduler
 from steersman.diffusion.guidance import Moment
+from steersman.diffusion.installing import installed, load_steered, save_steered
 from steersman.diffusion.pipelines import ClassConditionalPipeline
 from steersman.diffusion.pndm import PNDMScheduler
 from steersman.diffusion.scheduler import alphas_cumprod, spaced
@@ -1043,3 +1046,95 @@ def test_states_are_reindexed_at_every_call():
             y, own = moved
             moved = solver.stage(0, y, both(0.6)(y, step.t), step, own, torch.randn_like)
     assert torch.allclose(moved[0], at[order], atol=1e-12)
+
+
+# ------------------------------------------------------------------ errata of the authors' code
+
+
+def test_erratum_the_karras_grid_ends_at_the_lowest_level():
+    scheduler = EulerCFGPPScheduler(grid="karras", **SD)
+    scheduler.set_timesteps(10)
+    assert scheduler.slots[-1].t == 0.0
+    roots = [(s.sigma / s.alpha) ** (1 / 7) for s in scheduler.slots]
+    assert np.allclose(np.diff(roots), np.diff(roots)[0], atol=1e-9)
+    theirs = (roots[0] + np.arange(10) / 10 * (roots[-1] - roots[0])) ** 7
+    assert theirs[-1] > 2 * ratio(0.0)
+
+
+def test_erratum_levels_are_those_of_the_timestep():
+    for scheduler in (DDIMCFGPPScheduler(**SD), EulerCFGPPScheduler(grid="karras", **SD)):
+        scheduler.set_timesteps(10)
+        for t, slot in zip(scheduler.timesteps.tolist(), scheduler.slots, strict=True):
+            assert slot.alpha == pytest.approx(P.alpha(t), abs=1e-6)
+            if t == int(t) > 0:
+                assert abs(slot.alpha - P.alpha(t - 1)) > 1e-5  # the level that a table shifted by one gives
+
+
+# ------------------------------------------------------------------ apply, saving
+
+
+def test_saved_with_a_pipeline_and_loaded(tmp_path):
+    pipe = digits_like()
+    expected = None
+    with CFGPlusPlus(0.4, reference_steps=20).install(pipe):
+        expected = drawn(pipe)
+        save_steered(pipe, tmp_path)
+        assert torch.equal(drawn(pipe), expected)
+    again = load_steered(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(drawn(again), expected)
+    (method,) = installed(again)
+    assert method.reference_steps == 20
+    method.uninstall()
+    assert type(again.scheduler) is diffusers.DDIMScheduler
+
+
+def test_a_pipeline_with_its_scheduler_is_saved_and_loaded(tmp_path):
+    pipe = digits_like()
+    pipe.scheduler = DPMSolverPPCFGPPScheduler.from_config(pipe.scheduler.config, history="mixed")
+    pipe.save_pretrained(tmp_path)
+    again = ClassConditionalPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is DPMSolverPPCFGPPScheduler and again.scheduler.config.history == "mixed"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A pipeline's folder, and an array of images."""
+    digits_like().save_pretrained(tmp_path / "pipe")
+    np.save(tmp_path / "images.npy", torch.rand(3, 8, 8, generator=generator()).numpy())
+    return tmp_path
+
+
+def test_apply_edits_inverts_and_restores(folder):
+    (folder / "labels.txt").write_text("0\n1\n2\n")
+    shared = {"seed": 0, "steps": 3, "log": lambda line: None}
+    facts = {}
+    for mode, more in (
+        ("edit", {"source": "0", "target": "2"}),
+        ("invert", {"source": str(folder / "labels.txt")}),
+        ("restore", {"source": "1", "degrade": True, "operator": "motion-blur"}),
+    ):
+        out = folder / mode
+        out.mkdir()
+        facts[mode] = apply(folder / "pipe", folder / "images.npy", out, mode=mode, **shared, **more)
+        assert len(list((out / "images").glob("*.png"))) == facts[mode]["images"] == 3
+        assert CFGPlusPlus.from_pretrained(out).scale == 0.6
+    assert "psnr" in facts["invert"] and "psnr" in facts["restore"] and "psnr" not in facts["edit"]
+    assert load_file(folder / "invert" / "latents.safetensors")["latents"].shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "edit", "source": "0"}, "target=None is not allowed: it must be a class's number"),
+        ({"mode": "edit", "source": "9", "target": "1"}, "source='9' is not allowed: it must be a class from 0 to 3"),
+        ({"mode": "invert", "source": "nowhere.txt"}, "a text file that can be read"),
+        ({"mode": "restore", "source": "0", "operator": "inpainting"}, "mask=None is not allowed"),
+        ({"mode": "restore", "source": "0", "operator": "inpainting", "mask": "none.png"}, "mask='none.png'"),
+        ({"mode": "edit", "source": "0", "target": "1", "size": 0}, "size=0 is not allowed"),
+    ],
+)
+def test_apply_refuses_what_it_can_not_do(folder, settings, message):
+    (folder / "out").mkdir()
+    with pytest.raises(InputError, match=message):
+        apply(folder / "pipe", folder / "images.npy", folder / "out", steps=2, **settings)

@@ -4,6 +4,7 @@ with CFGPlusPlus(scale=0.6).install(pipe):
     images = pipe("a small red circle", guidance_scale=2.0).images    # any guidance_scale above 1
 """
 
+from steersman.diffusion.cfg_pp.applying import apply
 from steersman.diffusion.cfg_pp.guidance import CFGPlusPlus, mean_equivalent_scale, moves, twin
 from steersman.diffusion.cfg_pp.inverse_problems import AveragePool, Blur, Branches, LinearOperator, Mask, restore
 from steersman.diffusion.cfg_pp.inversion import edit, invert, sample
@@ -39,6 +40,7 @@ __all__ = [
     "EulerCFGPPScheduler",
     "LinearOperator",
     "Mask",
+    "apply",
     "edit",
     "equivalent_scales",
     "guided",

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steersman import catalog
 from steersman.benches._pipelines import (
     SHOWN,
     Host,
@@ -154,7 +155,10 @@ class Steering(PipelineBench):
             sweep=False,
         ),
         "judge": Knob(
-            str, None, "file.py:name, images in [0, 1] (and prompts or labels) to n scores, another than the reward"
+            str,
+            None,
+            "file.py:name, images in [0, 1] (and prompts or labels) to n scores, another than the reward",
+            sweep=False,
         ),
         **{name: knob for name, knob in PipelineBench.knobs.items() if name not in ("samples", "data", "judge")},
     }
@@ -248,6 +252,13 @@ class Steering(PipelineBench):
             "importance": PartInfo(Importance, "k samples, resampled at the end", line.format("importance")),
         }
         return own | {name: info for name, info in super().parts().items() if name != "heun" and name != "rk4"}
+
+    def accepts(self, name: str) -> PartInfo | None:
+        """Any scheduler class of diffusers, and every sampler and guidance of the catalogue."""
+        found = catalog.cards().get(name)
+        if found is not None and found.room == "diffusion" and {"sampling", "guidance"} & set(found.benches):
+            return PartInfo(found.load(), found.summary, found.line)
+        return super().accepts(name)
 
     def mount(self, h: Host, part: Part) -> None:
         info = self.parts().get(part.id)
@@ -594,7 +605,7 @@ def scenes_scorer(steps: int = 250) -> Callable[[Tensor], list[Tensor]]:
     """Log-probabilities of what captions leave unsaid, of pictures in [-1, 1]: a small convolutional network.
 
     It is trained on the spot (some seconds, always the same) on noisy drawings of training combinations, so that it is
-    neither the reader that judges pictures, nor free of error.
+    neither the reader that judges pictures, nor free of error. Smoothed labels keep it from being surer than it can be.
     """
     from steersman.reference import scenes
 
@@ -620,7 +631,9 @@ def scenes_scorer(steps: int = 250) -> Callable[[Tensor], list[Tensor]]:
             x, scene = scenes.fresh(64, "train", generator)
             x = x + 0.2 * torch.randn(x.shape, generator=generator)
             out = network(x).split(sizes, 1)
-            loss = torch.stack([F.cross_entropy(o, scene[:, j]) for o, j in zip(out, columns, strict=True)]).sum()
+            loss = torch.stack(
+                [F.cross_entropy(o, scene[:, j], label_smoothing=0.05) for o, j in zip(out, columns, strict=True)]
+            ).sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

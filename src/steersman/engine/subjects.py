@@ -85,6 +85,10 @@ def write_images(subject: Subject, folder: Path) -> Path | None:
     from steersman.reference import loading
 
     name = subject.spec.partition(":")[0].partition("/")[0]
+    if subject.kind == "reference" and name == "photographs":
+        from steersman.reference import photographs
+
+        return photographs.write_pairs(subject.spec, folder)
     if subject.kind != "reference" or name in loading.ANALYTIC:
         return None
     module = importlib.import_module(f"steersman.reference.{name}")

@@ -8,7 +8,7 @@ Each subject is a folder of that package with a ``provenance.json``:
      ...}                                   # script and data hashes, seeds, versions, training facts
 
 ``digits`` names the default, ``digits/classifier-a`` a folder inside. ``gaussians`` and ``leaf-spine`` are
-analytic: they have no folder, and need no package.
+analytic, ``photographs`` come with scikit-learn: they have no folder, and don't need the package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from steersman.errors import InputError, MissingExtra, nearest
 
-ANALYTIC = ("gaussians", "leaf-spine")
+ANALYTIC = ("gaussians", "leaf-spine", "photographs")
 SHIPPED = ("digits", "docs", "scenes")  # what the package brings, so that its absence can be told from a wrong name
 
 
@@ -88,6 +88,10 @@ def fingerprint(name: str) -> str:
     """Changes when the subject does: over the recorded hashes of its files, or an analytic one's numbers."""
     if name.partition(":")[0] == "leaf-spine":  # a fabric in numbers, all of them in its text
         return hashlib.sha256(name.encode()).hexdigest()
+    if name.partition(":")[0] == "photographs":
+        from steersman.reference import photographs
+
+        return photographs.fingerprint()
     if name.partition(":")[0] in ANALYTIC:
         from steersman.reference import gaussians
 

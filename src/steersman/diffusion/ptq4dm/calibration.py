@@ -203,38 +203,41 @@ def collect(
     conditions = _conditions(pipe, n, labels, prompts, chosen, 0 if latents is None else len(latents))
     sampled = calibration.states == "noise_backward_t"
 
+    def begin(own: Sequence[int], see: Callable[[int, dict[str, Any]], bool]) -> Tensor | None:
+        """A run of the pipeline for some of the items."""
+        asked: dict[str, Any] = {name: [values[i] for i in own] for name, values in conditions.items()}
+        seed = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        return _run(pipe, net, see, steps, guidance, seed, asked or {"batch_size": len(own)})
+
+    begin([0], lambda j, told: False)  # lays the schedule out
+    schedule = [float(t) for t in pipe.scheduler.timesteps]
+    T = len(schedule)
+    k = calibration.draw(T, generator)
+    wanted = torch.tensor([_call(int(own), T, calibration.pairing) if sampled else 0 for own in k])
+
     items: list[Any] = [None] * n
-    schedule: list[float] = []
-    k = torch.zeros(n, dtype=torch.long)
     chunk = min(n, max(4, CHUNK // _numbers(net)))
-    for start in range(0, n, chunk):
-        own = range(start, min(start + chunk, n))
+    # Items of like times together: a run ends with the last call that any of its items waits for.
+    for done, rows in enumerate(wanted.argsort(stable=True).split(chunk), 1):
+        own = rows.tolist()
+        last = int(wanted[rows].max())
 
-        def see(j: int, told: dict[str, Any], own: range = own) -> bool:
+        def see(j: int, told: dict[str, Any], own: list[int] = own, last: int = last) -> bool:
             """Keep what is to be kept of call ``j``; whether the run is to go on."""
-            nonlocal k
-            if not schedule:
-                schedule.extend(float(t) for t in pipe.scheduler.timesteps)
-                k = calibration.draw(len(schedule), generator)
-            rows = len(next(iter(told.values())))
+            count = len(next(iter(told.values())))
             for local, i in enumerate(own):
-                wanted = min(_call(int(k[i]), len(schedule), calibration.pairing), len(schedule) - 1)
-                if not sampled or j == wanted:
-                    branch = i % (rows // len(own))
-                    items[i] = _row(told, branch * len(own) + local, rows)
+                if j == min(int(wanted[i]), T - 1):
+                    branch = i % (count // len(own))
+                    items[i] = _row(told, branch * len(own) + local, count)
                     items[i].pop("timestep", None)
-            return sampled
+            return j < last
 
-        asked: dict[str, Any] = {name: values[own.start : own.stop] for name, values in conditions.items()}
-        if not asked:
-            asked = {"batch_size": len(own)}
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        sample = _run(pipe, net, see, steps, guidance, torch.Generator().manual_seed(seed), asked)
+        sample = begin(own, see)
         for local, i in enumerate(own):
-            if _call(int(k[i]), len(schedule), calibration.pairing) == len(schedule) and sample is not None:
+            if int(wanted[i]) == T and sample is not None:
                 items[i][next(iter(items[i]))] = sample[local : local + 1].cpu()
         if progress is not None:
-            progress(f"calibration states: {own.stop} of {n}")
+            progress(f"calibration states: {min(done * chunk, n)} of {n}")
 
     timesteps = torch.tensor(schedule)[len(schedule) - 1 - k]
     found = CalibrationSet(items, k, timesteps, len(schedule), type(pipe.scheduler).__name__, schedule)

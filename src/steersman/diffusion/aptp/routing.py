@@ -218,8 +218,8 @@ def within_budget(
 def magnitudes(unet: Any, layout: GateLayout) -> Tensor:
     """For magnitude pruning: the root mean square weight of each gate's part, (D,); blocks are never skipped (inf).
 
-    Over a gate's weights in the layers before and behind it, relative to the mean over its group, as layers of different
-    widths have weights of different sizes.
+    Over a gate's weights in the layers before and behind it, relative to the mean over its group, as layers of
+    different widths have weights of different sizes.
     """
     found = torch.full((layout.size,), torch.inf)
     for group, part in zip(layout.widths, layout.slices, strict=True):

@@ -1,8 +1,8 @@
 r"""Pruning a network into experts: the router is trained, the network is cut, each expert is fine-tuned.
 
-1. *Router.* The network stays as it is; predictor and codebook learn. Each prompt of a batch gets a code by transport, and
-   runs through the network under that code's soft gates, with fresh noise in each step. (In the first steps prompts run
-   through their own gates, so that the predictor starts from the denoising loss.)
+1. *Router.* The network stays as it is; predictor and codebook learn. Each prompt of a batch gets a code by transport,
+   and runs through the network under that code's soft gates, with fresh noise in each step. (In the first steps prompts
+   run through their own gates, so that the predictor starts from the denoising loss.)
 2. *Pruning.* The router gives each training prompt to a code; the codes' gates are hardened so that the multiply-adds,
    weighted by how many prompts go where, are the budget's; the network is cut for each.
 3. *Fine-tuning.* Each expert learns on the images of its own prompts, and from the whole network.
@@ -53,6 +53,8 @@ class APTPConfig:
         transport: assign by transport in training; without, by the largest cosine.
         by_macs: gates count by their share of the multiply-adds when architectures are compared.
         steps, batch_size: of the router's training; K at most a batch, and transport wants 4K.
+        shrink: images of the router's training are averaged over squares of so many pixels (the paper trains the router
+            at 256 pixels for a network of 512): each step costs 1/shrink² of the work.
         warm_start: first steps in which prompts run through their own gates.
         learning_rate: of AdamW for predictor and codebook.
         scale_learning_rate: times sqrt(batch size), for the experts', too.
@@ -77,6 +79,7 @@ class APTPConfig:
     by_macs: bool = False
     steps: int = 5000
     batch_size: int = 64
+    shrink: int = 1
     warm_start: int = 500
     learning_rate: float = 2e-4
     scale_learning_rate: bool = True
@@ -110,6 +113,7 @@ class APTPConfig:
             "experts": 1,
             "steps": 0,
             "batch_size": 1,
+            "shrink": 1,
             "warm_start": 0,
             "warmup": 0,
             "iterations": 1,
@@ -235,6 +239,7 @@ class PromptRoutedPruner:
         if len(images) < c.batch_size:
             raise InputError("images", f"{len(images)} images", f"at least a batch, {c.batch_size}")
         self._latents = encoded(self.pipe, images)
+        small = self._latents if c.shrink == 1 or c.architecture != "learned" else self._shrunk(images)
         self._z = embed_all(self.embedding, self._captions)
         generator = torch.Generator().manual_seed(c.seed)
         router = Router(
@@ -252,8 +257,8 @@ class PromptRoutedPruner:
             return self
         if c.transport and c.experts > 1 and c.batch_size < 4 * c.experts:
             warnings.warn(
-                f"transport balances {c.experts} experts over batches of {c.batch_size}: 4 prompts an expert are needed "
-                "for it to mean much",
+                f"transport balances {c.experts} experts over batches of {c.batch_size}: with fewer than 4 prompts an "
+                "expert that means little",
                 stacklevel=2,
             )
         rate = c.learning_rate * (math.sqrt(c.batch_size) if c.scale_learning_rate else 1.0)
@@ -263,7 +268,7 @@ class PromptRoutedPruner:
             for step in range(c.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * min(1.0, (step + 1) / max(c.warmup, 1))
-                entry = self._router_step(router, optimizer, step, generator)
+                entry = self._router_step(router, optimizer, step, small, generator)
                 self.history.append(entry)
                 if (step + 1) % max(c.steps // 10, 1) == 0:
                     self.progress(
@@ -273,10 +278,12 @@ class PromptRoutedPruner:
                     )
         return self
 
-    def _router_step(self, router: Router, optimizer: Any, step: int, generator: torch.Generator) -> dict[str, float]:
+    def _router_step(
+        self, router: Router, optimizer: Any, step: int, latents: Tensor, generator: torch.Generator
+    ) -> dict[str, float]:
         c, device = self.config, self.unet.device
-        assert self._latents is not None and self._z is not None
-        rows = torch.randperm(len(self._latents), generator=generator)[: c.batch_size]
+        assert self._z is not None
+        rows = torch.randperm(len(latents), generator=generator)[: c.batch_size]
         z = self._z[rows].to(device)
         own = router.soft(router.logits(z), generator)
         codes = router.soft(router.codebook, generator)
@@ -287,7 +294,7 @@ class PromptRoutedPruner:
             S = (w @ w_codes.T).detach()
             index = (sinkhorn(S, c.epsilon, c.iterations) if c.transport else S).argmax(1)
             gates = codes[index]
-        batch = self._noised(rows, generator)
+        batch = self._noised(latents, rows, generator)
         s, s_blocks, t, t_blocks = self._both(batch, gates)
         R = self.costs.ratio(gates)
         parts = {
@@ -322,15 +329,14 @@ class PromptRoutedPruner:
     def prune(self) -> dict[int, UNet2DConditionModel]:
         """Cut the network into experts whose multiply-adds, by the training prompts' use of them, are the budget's.
 
-        Codes that no training prompt goes to make no expert (with a warning); prompts that later belong to one go to the
-        nearest other expert.
+        Codes that no training prompt goes to make no expert (with a warning); prompts that later belong to one go to
+        the nearest other expert.
 
         Returns:
             the experts by number.
         """
         router = self._fitted()
         c = self.config
-        assert self._z is not None
         index = self._assigned(router)
         usage = torch.bincount(index, minlength=c.experts).double() / len(index)
         if c.architecture == "learned":
@@ -388,6 +394,7 @@ class PromptRoutedPruner:
         steps = c.finetune_steps if steps is None else steps
         if not self.experts:
             raise InputError("experts", "none", "made first (call prune)")
+        assert self._latents is not None
         index = self._assigned(router)
         generator = torch.Generator().manual_seed(c.seed + 2)
         rate = c.finetune_learning_rate * (math.sqrt(c.finetune_batch_size) if c.scale_learning_rate else 1.0)
@@ -401,7 +408,7 @@ class PromptRoutedPruner:
                     for group in optimizer.param_groups:
                         group["lr"] = rate * min(1.0, (step + 1) / max(c.finetune_warmup, 1))
                     chosen = rows[torch.randint(len(rows), (c.finetune_batch_size,), generator=generator)]
-                    batch = self._noised(chosen, generator, c.caption_dropout)
+                    batch = self._noised(self._latents, chosen, generator, c.caption_dropout)
                     s, s_blocks, t, t_blocks = self._both(batch, None, expert)
                     loss = (
                         c.finetune_denoising * losses.denoising_loss(s, batch.target, batch.weights)
@@ -470,15 +477,26 @@ class PromptRoutedPruner:
 
     # -------------------------------------------------------------- pieces
 
+    def _shrunk(self, images: Tensor) -> Tensor:
+        """Latents of images averaged over squares."""
+        s, side = self.config.shrink, images.shape[-2:]
+        # The network halves its input once a level.
+        least = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        if any(n % (s * factor * least) for n in side) or images.shape[1] != self.pipe.vae.config.in_channels:
+            raise InputError(
+                "shrink", s, f"1, or a divisor of the images' size that leaves a multiple of {factor * least}"
+            )
+        return encoded(self.pipe, F.avg_pool2d(images, s), self.pipe.unet.config.sample_size // s)
+
     def _fitted(self) -> Router:
         if self.router is None:
             raise InputError("pruner", "not fitted", "fitted first (call fit)")
         return self.router
 
-    def _noised(self, rows: Tensor, generator: torch.Generator, dropout: float = 0.0) -> _Batch:
-        assert self._latents is not None
+    def _noised(self, latents: Tensor, rows: Tensor, generator: torch.Generator, dropout: float = 0.0) -> _Batch:
         device, dtype = self.unet.device, self.unet.dtype
-        x = self._latents[rows]
+        x = latents[rows]
         t = torch.randint(len(self.alphas), (len(rows),), generator=generator)
         ε = torch.randn(x.shape, generator=generator)
         α, σ = (v.float()[:, None, None, None] for v in (self.alphas[t].sqrt(), (1 - self.alphas[t]).sqrt()))
@@ -559,14 +577,14 @@ def _frozen(unet: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def encoded(pipe: Any, images: Tensor, batch: int = 16) -> Tensor:
+def encoded(pipe: Any, images: Tensor, size: Any = None, batch: int = 16) -> Tensor:
     """Latents (n, C, h, w), float32 on the CPU, of images in [-1, 1]; latents come back as they are.
 
     Raises:
         InputError: of another size than the pipeline's, or not finite.
     """
     config, vae = pipe.unet.config, pipe.vae
-    size = config.sample_size
+    size = config.sample_size if size is None else size
     latent = (config.in_channels, *((size, size) if isinstance(size, int) else size))
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     pixels = (vae.config.in_channels, latent[1] * factor, latent[2] * factor)

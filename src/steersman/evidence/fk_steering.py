@@ -263,7 +263,7 @@ CLAIMS = [
     ),
     Claim(
         "digits-importance",
-        "With 4 particles more of its particles show the wanted digit than of importance sampling's, by more than 0.05.",
+        "With 4 particles more of them show the wanted digit than of importance sampling's, by more than 0.05.",
         HEADLINE,
         "digits",
         higher("accuracy", FK, IS, particles=4),

@@ -9,6 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steersman.diffusion.dpm_ot import probe, same_network
-from steersman.diffusion.installing import Installable
+from steersman.diffusion.installing import Installable, taken_off
 from steersman.diffusion.ptq4dm.calibration import (
     Calibration,
     CalibrationSet,
@@ -208,6 +209,8 @@ def quantize_ptq4dm(
     originals = {name: _layer(places, name) for name in places}
     training = net.training
     net.eval()
+    plain = ExitStack()
+    plain.enter_context(taken_off(pipe))  # states are those of the pipeline with its methods; ranges the network's
     try:
         order, spread = _trace(net, found, originals, activations, generator)
         for name in set(places) - set(order):
@@ -235,6 +238,7 @@ def quantize_ptq4dm(
     finally:
         _swap(places, originals)
         net.train(training)
+        plain.close()
 
     facts, tensors = {}, {}
     for name, layer in built.items():
@@ -575,6 +579,13 @@ class PTQ4DM(Installable):
         places = {id(p) for name, p in net.named_parameters() if name not in own}
         rest = sum(p.numel() * p.element_size() for p in net.parameters() if id(p) in places)
         return rest + sum(t.numel() * t.element_size() for name, t in self.tensors.items() if name != "network")
+
+    def peaks(self, count: int) -> dict[str, list[float]]:
+        """By tenth of the run, from the clean end, the largest activations of the layers whose move most."""
+        found = {name: facts["peak_by_time"] for name, facts in self.layers.items()}
+        seen = {name: [p for p in peaks if p > 0] for name, peaks in found.items()}
+        order = sorted(seen, key=lambda name: -max(seen[name], default=1.0) / min(seen[name], default=1.0))
+        return {name: found[name] for name in order[:count]}
 
     def report(self) -> dict[str, Any]:
         """How many layers, what stayed in floating point, and the signal-to-noise ratios (worst five by name)."""

@@ -12,6 +12,8 @@ what is saved is the plain pipeline with a list of what was on it:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -99,6 +101,19 @@ def installed(pipe: Any) -> tuple[Installable, ...]:
     return tuple(getattr(pipe, _ATTRIBUTE, ()))
 
 
+@contextmanager
+def taken_off(pipe: Any) -> Iterator[None]:
+    """The plain pipeline, for as long as the context lasts; then all methods are on it again, in the same order."""
+    stack = installed(pipe)
+    for method in reversed(stack):
+        method.uninstall()
+    try:
+        yield
+    finally:
+        for method in stack:
+            method.install(pipe)
+
+
 def save_steered(pipe: Any, folder: str | Path) -> None:
     """Save the plain pipeline, as diffusers does, and beside it what is installed on it.
 
@@ -118,13 +133,8 @@ def save_steered(pipe: Any, folder: str | Path) -> None:
         own = f"steering/{i}"
         method.save_pretrained(folder / own)  # type: ignore[attr-defined]
         entries.append({"class": type(method).__name__, "folder": own})
-    for method in reversed(stack):
-        method.uninstall()
-    try:
+    with taken_off(pipe):
         pipe.save_pretrained(str(folder))
-    finally:
-        for method in stack:
-            method.install(pipe)
     (folder / INDEX).write_text(json.dumps(entries, indent=1) + "\n")
 
 

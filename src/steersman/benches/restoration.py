@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import diffusers
 import numpy as np
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from steersman import catalog
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.rddm import Pairs, RDDMRestorationPipeline, RDDMScheduler, read_pairs
+from steersman.diffusion.rddm.levels import PathName
 from steersman.diffusion.rddm.pairs import is_pairs
 from steersman.diffusion.rddm.pipeline import Networks
 from steersman.diffusion.rddm.training import TrainingConfig, distance, fit, make_network
@@ -254,20 +255,23 @@ class Regression:
 class DDPM:
     """Conditional DDPM (Ho et al. 2020, as Saharia et al. 2022 condition it), from pure noise by diffusers' DDIM.
 
-        L = E |ε_θ(√abar_t I_0 + √(1 - abar_t) ε, I_in, t) - ε|²,    betas linear, T = 1000
+        L = E |f_θ(√abar_t I_0 + √(1 - abar_t) ε, I_in, t) - ε|²,    betas linear, T = 1000
 
     Args:
+        predicts: epsilon, sample (I_0 in the place of ε) or v_prediction.
         loss: l1 or l2.
         eta: of DDIM.
         average: restore with the mean of so many samples, each of the calls asked for.
     """
 
+    predicts: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     loss: Literal["l1", "l2"] = "l2"
     eta: float = 0.0
     average: int = 1
 
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, ("l1", "l2"))
+        _one_of("predicts", self.predicts, ("epsilon", "sample", "v_prediction"))
         if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
             raise InputError("eta", self.eta, "a number from 0 to 1")
         if isinstance(self.average, bool) or not isinstance(self.average, int) or not 1 <= self.average <= 100:
@@ -275,7 +279,7 @@ class DDPM:
 
     def train(self, crops: Crops, folder: Path, budget: Mapping[str, Any], seed: int, log: TrialLog) -> None:
         pairs = _pairs(crops)
-        scheduler: Any = diffusers.DDIMScheduler(timestep_spacing="trailing")
+        scheduler: Any = diffusers.DDIMScheduler(timestep_spacing="trailing", prediction_type=self.predicts)
         net = make_network(pairs.seen(), pairs.channels, budget["width"], budget["crop"], seed)
 
         def objective(network: nn.Module) -> Any:
@@ -283,7 +287,10 @@ class DDPM:
                 t = torch.randint(1000, (len(target),), generator=g)
                 eps = torch.randn(target.shape, generator=g)
                 x = scheduler.add_noise(target, eps, t)
-                return distance(network(x, t, x_in, mask)[0], eps, self.loss)
+                wanted = {"epsilon": lambda: eps, "sample": lambda: target}.get(
+                    self.predicts, lambda: scheduler.get_velocity(target, eps, t)
+                )()
+                return distance(network(x, t, x_in, mask)[0], wanted, self.loss)
 
             return value
 
@@ -460,7 +467,8 @@ class Restoration:
                 h.classical = made
                 return
             budget = {name: h.setting[name] for name in BUDGET}
-            h.recipe, h.load = {"id": part.id, "loss": made.loss}, made.load
+            h.recipe = {"id": part.id, "loss": made.loss, "predicts": getattr(made, "predicts", None)}
+            h.load = made.load
             h.average = getattr(made, "average", 1)
             h.make = lambda crops, folder, log: made.train(crops, folder, budget, _seed(h), log)
         else:
@@ -572,27 +580,32 @@ class Restoration:
         return blocks
 
 
-SAMPLING = ("eta", "residual_range", "clip_sample", "step_form")
-"""Knobs of the scheduler of a method that was trained: they share its fit."""
+SAMPLING = ("eta", "residual_range", "clip_sample", "step_form", "path")
+"""Knobs of the use of a method that was trained (of its scheduler, and the path): they share its fit."""
 
 
 def _check_sampling(name: str, settings: Mapping[str, Any]) -> None:
     for knob in settings:
         if knob not in SAMPLING:
             raise InputError(f"knob of {name}", knob, f"one of {', '.join(SAMPLING)}")
-    RDDMScheduler(**settings)
+    path = settings.get("path", "simultaneous")
+    if path not in get_args(PathName):
+        raise InputError("path", path, f"one of {', '.join(get_args(PathName))}")
+    RDDMScheduler(**{name: value for name, value in settings.items() if name != "path"})
 
 
 def _pipeline(folder: Path, settings: Mapping[str, Any]) -> Restore:
     """A pipeline that was saved, called as ``pipe(image, mask, num_inference_steps=...)``."""
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
-    if settings:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings)
+    extra = {"path": settings["path"]} if "path" in settings else {}
+    changed = {name: value for name, value in settings.items() if name != "path"}
+    if changed:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
     sees_mask = isinstance(pipe, RDDMRestorationPipeline) and pipe.networks().mask_channels > 0
 
     def restore(x: Tensor, mask: Tensor | None, calls: int, g: torch.Generator) -> Tensor:
-        given = {"mask": mask} if sees_mask else {}
+        given = extra | ({"mask": mask} if sees_mask else {})
         return pipe(x, num_inference_steps=calls, generator=g, output_type="pt", **given).images.cpu()
 
     return restore

@@ -164,6 +164,7 @@ class Guidance(Installable, BaseGuidance):
         self._x: Tensor | None = None
         self._moment: Moment | None = None
         self._needed: Any = True
+        self._alone = False
 
     # -------------------------------------------------------------- what a subclass says
 
@@ -188,6 +189,11 @@ class Guidance(Installable, BaseGuidance):
         """
         return True
 
+    def needs_cond(self, moment: Moment) -> bool:
+        """Whether the network is to be evaluated with the condition; where not, ``guide`` gets the output without it
+        as both of its arguments."""
+        return True
+
     def begin(self, moment: Moment) -> None:
         """A run begins: forget the one before."""
 
@@ -210,22 +216,27 @@ class Guidance(Installable, BaseGuidance):
                 "needs_uncond", "a tensor", "True or False in a modular pipeline, which calls whole batches"
             )
         self._needed = bool(needed)
+        self._alone = self._needed and not self.needs_cond(self._moment)
 
     @property
     def num_conditions(self) -> int:
-        return 2 if self._needed else 1
+        return 2 if self._needed and not self._alone else 1
 
     @property
     def is_conditional(self) -> bool:
-        return self._count_prepared == 1
+        return self._count_prepared == 1 and not self._alone
+
+    @property
+    def _inputs(self) -> list[tuple[int, str]]:
+        """Which of a field's two inputs are evaluated, and what their outputs are called."""
+        both = list(enumerate(self._input_predictions))
+        return both[1:] if self._alone else both[: self.num_conditions]
 
     def prepare_inputs(self, data: Any) -> list[Any]:
-        names = self._input_predictions[: self.num_conditions]
-        return [self._prepare_batch(data, i, name) for i, name in enumerate(names)]
+        return [self._prepare_batch(data, i, name) for i, name in self._inputs]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        names = self._input_predictions[: self.num_conditions]
-        return [self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in enumerate(names)]
+        return [self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in self._inputs]
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         super().prepare_models(denoiser)
@@ -239,8 +250,10 @@ class Guidance(Installable, BaseGuidance):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+    def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
         moment = self._moment
+        pred_cond = pred_uncond if pred_cond is None else pred_cond
+        assert pred_cond is not None
         if moment is None:
             raise InputError("guider", type(self).__name__, "told the step first: set_state(step, steps, timestep)")
         moment.x = self._x
@@ -306,7 +319,7 @@ class _Run:
         self.i = self.offset = self.n = 0
         self.moment: Moment | None = None
         self.rows: Tensor | None = None
-        self.full = True
+        self.full, self.alone = True, False
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = _sample(args, kwargs)
@@ -324,8 +337,13 @@ class _Run:
         if self.i == 0:
             self.guidance.begin(self.moment)
         needed = self.guidance.needs_uncond(self.moment)
+        self.alone = needed is True and not self.guidance.needs_cond(self.moment)
         self.i += 1
         self.full, self.rows = True, None
+        if self.alone:
+            B = len(x) // 2
+            keep = torch.arange(B, device=x.device) + (B if self.cond_first else 0)
+            return _taken(args, 2 * B, keep), _taken(kwargs, 2 * B, keep)
         if needed is True or (isinstance(needed, Tensor) and bool(needed.all())):
             return None
         B = len(x) // 2
@@ -345,7 +363,11 @@ class _Run:
         rest = None
         if out.ndim > 3 and out.shape[1] == 2 * C:
             out, rest = out[:, :C], out[:, C:]
-        if self.full:
+        uncond: Tensor | None
+        if self.alone:
+            cond = uncond = out
+            rest = None if rest is None else torch.cat([rest, rest])
+        elif self.full:
             first, second = out.chunk(2)
             cond, uncond = (first, second) if self.cond_first else (second, first)
         else:

@@ -76,7 +76,7 @@ def ordered(logits: Tensor) -> Tensor:
 
 def hard(gates: Tensor) -> Tensor:
     """1 where a soft gate is at least ½, else 0; the gradient is the soft gate's."""
-    return (gates >= 0.5).to(gates) + gates - gates.detach()
+    return (gates >= 0.5).to(gates) + (gates - gates.detach())  # in this order it is exactly 0 or 1
 
 
 def depth_order(count: int) -> list[int]:

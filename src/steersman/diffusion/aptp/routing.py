@@ -30,6 +30,8 @@ from steersman.diffusion.aptp.gates import OFFSET, TEMPERATURE, GateLayout, gumb
 from steersman.errors import InputError
 
 EPSILON, ITERATIONS = 0.05, 3
+CLOSE = 0.002
+"""Share of all multiply-adds by which a budget may be undercut."""
 
 
 def sinkhorn(similarity: Tensor, epsilon: float = EPSILON, iterations: int = ITERATIONS) -> Tensor:
@@ -179,7 +181,7 @@ def within_budget(
     Soft gates in training meet a budget on average only, and their hard ones do not. Here all gates begin on, and are
     put off in the order of their margins (how far a gate's logit with the median noise lies above 0): one threshold
     for all codes. A gate that would take more away than is left to take stays on, so that the budget is met
-    to the smallest of them; in every width group the last one stays on.
+    as nearly as the smallest gates allow; in every width group the last one stays on.
 
     Args:
         margins: (K, D); ``-inf`` goes first, ``inf`` never.
@@ -207,8 +209,7 @@ def within_budget(
         gates[k, j] = 0
         now = costs(gates[k : k + 1])[0]
         saved = share[k] * (each[k] - now)
-        # Overshoot by less than what would be left over is nearer to the budget than stopping here.
-        if saved > left and saved - left > left:
+        if saved > left + CLOSE * costs.total:
             gates[k, j] = 1
             continue
         each[k], left = now, left - saved

@@ -42,7 +42,7 @@ from steersman.diffusion.ptq4dm import (
     search_affine,
 )
 from steersman.diffusion.ptq4dm.apply import apply, read_conditions
-from steersman.diffusion.ptq4dm.layers import pack, unpack
+from steersman.diffusion.ptq4dm.layers import bytes_of, pack, unpack
 from steersman.diffusion.ptq4dm.quantisers import METRICS
 from steersman.diffusion.solver import LinearVP, Prediction
 from steersman.errors import InputError
@@ -576,9 +576,6 @@ def test_qdrop_and_blocks_with_activations(small):
 # ------------------------------------------------------------------ integers
 
 
-needs_kernels = pytest.mark.usefixtures("int8")
-
-
 @pytest.fixture
 def int8():
     if not kernels():
@@ -617,6 +614,13 @@ def test_integer_products_are_those_that_were_simulated(layer, shape, sign):
         # A code at the boundary may go to either side: a step times a weight.
         wrong = (quantised(x).double() - exact).abs() > 1e-4
     assert float(wrong.double().mean()) < 0.01
+
+
+def test_codes_are_the_same_without_the_deprecated_operator(int8, monkeypatch):
+    x = normal(5000) * 3
+    one_pass = bytes_of(x, 0.0231, 128)
+    monkeypatch.delattr(torch, "quantize_per_tensor")
+    assert torch.equal(bytes_of(x, 0.0231, 128), one_pass)
 
 
 def test_a_whole_network_in_integers(small):

@@ -13,6 +13,7 @@ the sums only. What comes between the layers (normalisation, SiLU, softmax, sums
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any, Literal
 
@@ -241,8 +242,7 @@ class QuantisedLayer(nn.Module):
 
     def _int8(self, x: Tensor, delta: float, zero: int) -> Tensor:
         assert self.integers is not None and self.scale is not None
-        # As fake_quantize does it: the product with the reciprocal, in float32.
-        q = (x * float(np.float32(1) / np.float32(delta))).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+        q = bytes_of(x, delta, zero)
         onednn, layer = torch.ops.onednn, self.layer
         end: Any = 1.0, 0, torch.float32, "none", [], ""  # no quantisation of the result, nothing fused behind it
         if isinstance(layer, nn.Linear):
@@ -257,6 +257,16 @@ class QuantisedLayer(nn.Module):
             self._packed[zero] = onednn.qconv_prepack(self.integers, self.scale, delta, zero, *plan, None)
         packed = self._packed[zero]
         return onednn.qconv_pointwise(q, delta, zero, packed, self.scale, self._zeros, self.bias, *plan, *end)
+
+
+def bytes_of(x: Tensor, delta: float, zero: int) -> Tensor:
+    """The codes of 8 bits, as fake_quantize finds them: by the product with the reciprocal, in float32.
+
+    In one pass where PyTorch still has the (deprecated) operator for it, which takes half the time.
+    """
+    if hasattr(torch, "quantize_per_tensor"):
+        return torch.quantize_per_tensor(x, delta, zero, torch.quint8).int_repr()
+    return (x * float(np.float32(1) / np.float32(delta))).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
 
 
 def quantised_weight(weight: Tensor, bits: int, metric: Metric = "l2.4") -> tuple[Tensor, Tensor]:
@@ -317,7 +327,8 @@ def kernels() -> bool:
         integers = torch.full(layer.weight.shape, 127, dtype=torch.int8)
         quantised = QuantisedLayer(layer, 8, act, "input", call, (integers, torch.ones(8)))
         quantised.execution = "int8"
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once: bytes_of has another way
             y = quantised(torch.full((1, 64, 2, 2), 127.0))
     except (RuntimeError, AttributeError, NotImplementedError):
         return False

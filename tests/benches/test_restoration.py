@@ -151,7 +151,15 @@ def test_recipes_are_trained_once_for_all_settings(world, monkeypatch):
     monkeypatch.setattr(
         rddm_artefact, "train_rddm", lambda p, **k: (fits.append((k["prediction_type"], k["seed"])), train(p, **k))[1]
     )
-    contenders = ["identity", "biharmonic", "regression", "ddpm", "ddpm:average=2:eta=1", "rddm", "rddm:eta=1"]
+    contenders = [
+        "identity",
+        "biharmonic",
+        "regression",
+        "ddpm",
+        "ddpm:average=2:eta=1:predicts=residual",
+        "rddm",
+        "rddm:eta=1",
+    ]
     contenders += ["rddm:prediction_type=res_noise:nets=2"]
     c = run(contenders, grid={"calls": [1, 3], "task": ["inpainting"]}, out=world / "run")
     assert not c.failed, [r.error for r in c.failed]
@@ -213,6 +221,7 @@ def test_a_contender_that_does_not_fit_the_task_is_inapplicable(world):
         (["tv:weight=0"], {}, "weight"),
         (["wiener:balance=-1"], {}, "balance"),
         (["ddpm:average=0"], {}, "average"),
+        (["regression:residual=2"], {}, "residual"),
         (["ddpm:predicts=noise"], {}, "predicts"),
         (["ddpm:eta=-1"], {}, "eta"),
         (["regression:loss=l3"], {}, "loss"),

@@ -216,16 +216,24 @@ def _above_0(name: str, value: Any) -> None:
 class Regression:
     """One network from I_in to I_0: the best PSNR that a network of this size and training can have.
 
-        L = E |f(I_in) - I_0|
+        L = E |I_in - f(I_in) - I_0|
 
     Args:
+        residual: predict the residual, as above, or I_0 itself.
         loss: l1 or l2.
     """
 
+    residual: bool = True
     loss: Literal["l1", "l2"] = "l1"
 
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, ("l1", "l2"))
+        if not isinstance(self.residual, bool):
+            raise InputError("residual", self.residual, "true or false")
+
+    def restored(self, network: Any, x_in: Tensor, mask: Tensor | None) -> Tensor:
+        out = network(_joined(x_in, mask), _zeros(x_in)).sample
+        return x_in - out if self.residual else out
 
     def train(self, crops: Crops, folder: Path, budget: Mapping[str, Any], seed: int, log: TrialLog) -> None:
         pairs = _pairs(crops)
@@ -234,7 +242,7 @@ class Regression:
         def objective(network: nn.Module) -> Any:
             def value(target: Tensor, x_in: Tensor | None, mask: Tensor | None, g: torch.Generator) -> Tensor:
                 assert x_in is not None
-                return distance(network(_joined(x_in, mask), _zeros(x_in)).sample, target, self.loss)
+                return distance(self.restored(network, x_in, mask), target, self.loss)
 
             return value
 
@@ -245,8 +253,7 @@ class Regression:
         net: Any = UNet2DModel.from_pretrained(folder / "unet").eval()
 
         def restore(x: Tensor, mask: Tensor | None, calls: int, g: torch.Generator) -> Tensor:
-            x_in = 2 * x - 1
-            return (net(_joined(x_in, mask), _zeros(x)).sample + 1) / 2
+            return (self.restored(net, 2 * x - 1, mask) + 1) / 2
 
         return restore
 
@@ -258,28 +265,35 @@ class DDPM:
         L = E |f_θ(√abar_t I_0 + √(1 - abar_t) ε, I_in, t) - ε|²,    betas linear, T = 1000
 
     Args:
-        predicts: epsilon, sample (I_0 in the place of ε) or v_prediction.
+        predicts: epsilon; or, in the place of ε, sample (I_0), residual (I_in - I_0) or v_prediction.
         loss: l1 or l2.
         eta: of DDIM.
         average: restore with the mean of so many samples, each of the calls asked for.
     """
 
-    predicts: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    predicts: Literal["epsilon", "sample", "residual", "v_prediction"] = "epsilon"
     loss: Literal["l1", "l2"] = "l2"
     eta: float = 0.0
     average: int = 1
 
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, ("l1", "l2"))
-        _one_of("predicts", self.predicts, ("epsilon", "sample", "v_prediction"))
+        _one_of("predicts", self.predicts, ("epsilon", "sample", "residual", "v_prediction"))
         if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
             raise InputError("eta", self.eta, "a number from 0 to 1")
         if isinstance(self.average, bool) or not isinstance(self.average, int) or not 1 <= self.average <= 100:
             raise InputError("average", self.average, "a whole number from 1 to 100")
 
+    def output(self, networks: Any, x: Tensor, t: Tensor, x_in: Tensor | None, mask: Tensor | None) -> Tensor:
+        out = networks(x, t, x_in, mask)[0]
+        return x_in - out if self.predicts == "residual" else out
+
     def train(self, crops: Crops, folder: Path, budget: Mapping[str, Any], seed: int, log: TrialLog) -> None:
         pairs = _pairs(crops)
-        scheduler: Any = diffusers.DDIMScheduler(timestep_spacing="trailing", prediction_type=self.predicts)
+        scheduler: Any = diffusers.DDIMScheduler(
+            timestep_spacing="trailing",
+            prediction_type="sample" if self.predicts == "residual" else self.predicts,
+        )
         net = make_network(pairs.seen(), pairs.channels, budget["width"], budget["crop"], seed)
 
         def objective(network: nn.Module) -> Any:
@@ -287,10 +301,11 @@ class DDPM:
                 t = torch.randint(1000, (len(target),), generator=g)
                 eps = torch.randn(target.shape, generator=g)
                 x = scheduler.add_noise(target, eps, t)
-                wanted = {"epsilon": lambda: eps, "sample": lambda: target}.get(
-                    self.predicts, lambda: scheduler.get_velocity(target, eps, t)
-                )()
-                return distance(network(x, t, x_in, mask)[0], wanted, self.loss)
+                if self.predicts == "v_prediction":
+                    wanted = scheduler.get_velocity(target, eps, t)
+                else:
+                    wanted = eps if self.predicts == "epsilon" else target
+                return distance(self.output(network, x, t, x_in, mask), wanted, self.loss)
 
             return value
 
@@ -308,7 +323,7 @@ class DDPM:
             x_in, state = 2 * x - 1, torch.randn(x.shape, generator=g)
             scheduler.set_timesteps(calls)
             for t in scheduler.timesteps:
-                out = networks(state, t, x_in, mask)[0]
+                out = self.output(networks, state, t, x_in, mask)
                 state = scheduler.step(out, t, state, eta=self.eta, generator=g).prev_sample
             return (state + 1) / 2
 
@@ -467,7 +482,7 @@ class Restoration:
                 h.classical = made
                 return
             budget = {name: h.setting[name] for name in BUDGET}
-            h.recipe = {"id": part.id, "loss": made.loss, "predicts": getattr(made, "predicts", None)}
+            h.recipe = {"id": part.id, **{k: v for k, v in vars(made).items() if k not in ("eta", "average")}}
             h.load = made.load
             h.average = getattr(made, "average", 1)
             h.make = lambda crops, folder, log: made.train(crops, folder, budget, _seed(h), log)

@@ -5,7 +5,7 @@ network of the same size, the same steps of training, crops and noise, at one le
 of what fits the input, and a sampler that collapses to it wins there: so beside it stand a network that was trained
 for that mean (the upper bound), conditional DDIM at the same calls, the mean of four of its samples, and the energy
 score, which is best for draws from the true law. In so short a training a network that predicts noise, as DDPM's does,
-has hardly begun to restore; the stronger rival is DDIM with a network that predicts the image.
+has hardly begun to restore; the stronger rival is DDIM with a network that predicts the residual, as SM-Res's does.
 
 ``conversion`` compares the converted scheduler with diffusers' DDIM on the network of ``digits``, to the last digits,
 and the quality of other α for the same network. ``selection`` reports what automatic selection chose, and how soon;
@@ -38,7 +38,7 @@ COLD = "rddm:sum_scale=0.01"
 BOTH = "rddm:prediction_type=res_noise:nets=2:condition=levels"
 RESIDUAL_FIRST = f"{BOTH}:path=residual_first"
 DDPM, REGRESSION = "ddpm", "regression"
-CLEAN, MEAN = "ddpm:predicts=sample", "ddpm:predicts=sample:average=4"
+SAME, MEAN = "ddpm:predicts=residual", "ddpm:predicts=residual:average=4"
 READJUSTED = "rddm:residual_schedule=power_decreasing:residual_power=0.3:step_form=noise"
 
 
@@ -137,9 +137,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     """Restoration of photographs, conversion of a trained network, and automatic selection."""
     full = scale != "quick"
     learned = (
-        (RES, COLD, BOTH, RESIDUAL_FIRST, DDPM, CLEAN, MEAN, REGRESSION)
-        if full
-        else (RES, DDPM, CLEAN, MEAN, REGRESSION)
+        (RES, COLD, BOTH, RESIDUAL_FIRST, DDPM, SAME, MEAN, REGRESSION) if full else (RES, DDPM, SAME, MEAN, REGRESSION)
     )
     classical = ("identity", "tv", "wiener", "biharmonic", "gamma") if full else ("identity", "tv")
     sampled: tuple[str, ...] = ("DDIMScheduler", READJUSTED)
@@ -179,7 +177,8 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     }
 
 
-RATE = 1e-3
+RATE = 3e-3
+"""The better of 1e-3 and 3e-3 for each of four contenders, on seed 900."""
 
 
 def above(
@@ -221,11 +220,11 @@ CLAIMS = [
         "fit",
     ),
     Claim(
-        "few-steps-image",
-        "In rain, SM-Res at 5 calls has a PSNR above that at 5 calls of DDIM with a network that predicts the image.",
+        "few-steps-residual",
+        "In rain, SM-Res at 5 calls has a PSNR above that of 5 calls of DDIM that predicts the residual.",
         "fair rival: the same network, from noise",
         "restoration",
-        above("psnr", RES, CLEAN, 5, 5),
+        above("psnr", RES, SAME, 5, 5),
         0.0,
         "fit",
     ),
@@ -259,10 +258,10 @@ CLAIMS = [
     ),
     Claim(
         "law-ddim",
-        "In rain, the energy score of SM-Res at 20 calls is below that of DDIM that predicts the image.",
+        "In rain, the energy score of SM-Res at 20 calls is below that of DDIM that predicts the residual.",
         "fair rival: as a sampler of what fits the input",
         "restoration",
-        above("energy_score", RES, CLEAN, 20, 20, -1),
+        above("energy_score", RES, SAME, 20, 20, -1),
         0.0,
         "fit",
         ("quick",),
@@ -279,10 +278,10 @@ CLAIMS = [
     ),
     Claim(
         "law-ddim-50",
-        "In rain, the energy score of SM-Res at 50 calls is below that of DDIM that predicts the image.",
+        "In rain, the energy score of SM-Res at 50 calls is below that of DDIM that predicts the residual.",
         "fair rival: as a sampler of what fits the input",
         "restoration",
-        above("energy_score", RES, CLEAN, 50, 50, -1),
+        above("energy_score", RES, SAME, 50, 50, -1),
         0.0,
         "fit",
         ("full", "gpu"),

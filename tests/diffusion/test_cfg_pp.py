@@ -33,6 +33,7 @@ from steersman.diffusion.cfg_pp import (
     guided,
     invert,
     mean_equivalent_scale,
+    moves,
     restore,
     sample,
     twin,
@@ -48,6 +49,7 @@ from steersman.diffusion.solver import DiscreteVP, Prediction, Step, gaussian, i
 from steersman.diffusion.time_grids import laid_out
 from steersman.errors import InputError
 from tests.diffusion import tiny
+from tests.diffusion.test_guidance import modular, modular_draw  # noqa: F401
 
 TABLE = alphas_cumprod(1000, 0.00085, 0.012, "scaled_linear")
 P = DiscreteVP(TABLE)
@@ -1138,3 +1140,70 @@ def test_apply_refuses_what_it_can_not_do(folder, settings, message):
     (folder / "out").mkdir()
     with pytest.raises(InputError, match=message):
         apply(folder / "pipe", folder / "images.npy", folder / "out", steps=2, **settings)
+
+
+# ------------------------------------------------------------------ hosts at their edges
+
+
+def test_in_a_modular_pipeline(modular):  # noqa: F811
+    """Euler with the scale of each step, and the CFG++ scheduler of Euler: one result."""
+    guider = CFGPlusPlus(0.6).bind(modular.scheduler)
+    modular.update_components(guider=guider)
+    by_scales = modular_draw(modular)
+    own = modular.scheduler
+    modular.update_components(scheduler=EulerCFGPPScheduler.from_config(own.config))
+    guider.bind(modular.scheduler)
+    found = modular_draw(modular)
+    modular.update_components(scheduler=own)
+    assert torch.allclose(found, by_scales, atol=1e-3) and bool(found.abs().max() > 0.1)
+
+
+@pytest.mark.parametrize("kind", [DDIMCFGPPScheduler, DPMSolver2SAncestralCFGPPScheduler, DPMSolverPPCFGPPScheduler])
+def test_image_to_image(kind):
+    """A run that begins late, for 2S in the middle of a step."""
+    source = tiny.stable_diffusion()
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**source.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    image = torch.rand(1, 3, 16, 16, generator=generator())
+    asked = {"image": image, "num_inference_steps": 6, "output_type": "latent", **tiny.EMBEDS}
+    ends = []
+    with CFGPlusPlus(0.6).install(pipe):
+        for strength in (0.4, 0.5):
+            ends.append(pipe(**asked, strength=strength, guidance_scale=2.0, generator=generator()).images)
+    assert all(bool(end.isfinite().all()) for end in ends) and not torch.equal(*ends)
+
+
+def test_a_start_without_signal():
+    """v-prediction with zero terminal SNR: the first step is taken in x, where r is infinite."""
+    for kind in (DDIMCFGPPScheduler, DPMSolverPPCFGPPScheduler, DPMSolver2SAncestralCFGPPScheduler):
+        settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler = kind(**SD, **settings)
+        scheduler.set_timesteps(6)
+        t, x = scheduler.timesteps[0], noise(2, 3)
+        slot = scheduler.slots[0]
+        assert slot.alpha == 0.0
+        v_c, v_u = cond_eps(x, float(t)), uncond_eps(x, float(t))
+        scheduler.uncond_output = v_u
+        after = scheduler.step(guided(v_c, v_u, 0.6), t, x, generator=generator()).prev_sample
+        process = scheduler._solver.process
+        a, s = process.alpha(slot.step.s), process.sigma(slot.step.s)
+        mean = -a * guided(v_c, v_u, 0.6)  # x_0 = -v where alpha = 0, and eps = x
+        if kind is not DPMSolver2SAncestralCFGPPScheduler:
+            assert torch.allclose(after, mean + s * x, atol=1e-10)
+        assert bool(after.isfinite().all())
+    ddim = diffusers.DDIMScheduler(clip_sample=False, **SD, **settings)
+    ddim.set_timesteps(5)
+    assert equivalent_scales(0.6, (math.inf, 1.0)) == [0.6]
+    assert moves(ddim)[0].start == math.inf
+
+
+def test_in_half_precision_estimates_are_mixed_in_float32():
+    c, u = noise(1, 4, dtype=torch.float16), noise(1, 4, dtype=torch.float16, seed=1)
+    assert guided(c, u, 0.6).dtype == torch.float16
+    assert torch.equal(guided(c, u, 0.6), (u.float() + 0.6 * (c.float() - u.float())).half())
+    assert torch.equal(guided(c, u, 1.0), c) and torch.equal(guided(c, u, 0.0), u)
+    pipe = digits_like().to(dtype=torch.bfloat16)
+    with CFGPlusPlus(0.6).install(pipe):
+        found = drawn(pipe, latents=noise(2, 1, 8, 8, dtype=torch.bfloat16))
+    assert found.dtype == torch.bfloat16 and bool(found.isfinite().all())

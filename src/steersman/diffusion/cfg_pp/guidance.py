@@ -237,7 +237,8 @@ def moves(scheduler: Any) -> list[Move]:
         found = [Move(t, *ends) for t, ends in zip(scheduler.timesteps.tolist(), pairwise(levels), strict=True)]
     elif kind is diffusers.DDIMScheduler and scheduler.num_inference_steps:
         abar = scheduler.alphas_cumprod.double().numpy()
-        r = np.sqrt((1.0 - abar) / abar)
+        with np.errstate(divide="ignore"):
+            r = np.sqrt((1.0 - abar) / abar)  # infinite where there is no signal
         gap = scheduler.config["num_train_timesteps"] // scheduler.num_inference_steps
         times = scheduler.timesteps.tolist()
         found = [Move(float(t), float(r[t]), float(r[t - gap]) if t >= gap else 0.0) for t in times]

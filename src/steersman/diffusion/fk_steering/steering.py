@@ -347,7 +347,8 @@ class _Run:
         steering, i, last = self.steering, self.i, self.i + 1 == self.n
         before = None if self.noisy else _noise_state(given.get("generator"), given["sample"])
         kernel = None
-        if steering.gradient and not last and self._whole_step():
+        if steering.gradient and not last:
+            self._check_whole_step()
             kernel = self._kernel(original, args, kwargs)
         out = original(*args, return_dict=True, **kwargs)
         if before is not None:
@@ -473,12 +474,19 @@ class _Run:
 
     # -------------------------------------------------------------- gradient proposals
 
-    def _whole_step(self) -> bool:
-        """Whether this call of the network is a step of its own."""
+    def _check_whole_step(self) -> None:
+        """A shift belongs to the end of a step, so a call of the network must be one."""
         scheduler = self.scheduler
-        if not isinstance(scheduler, SlotScheduler):
-            return int(getattr(scheduler, "order", 1)) == 1
-        return len(scheduler.slots[scheduler.step_index or self.i].step.stages) == 1
+        if isinstance(scheduler, SlotScheduler):
+            i = scheduler.step_index
+            slot = scheduler.slots[(scheduler.begin_index or 0) if i is None else i]
+            whole = len(slot.step.stages) == 1
+        else:
+            whole = int(getattr(scheduler, "order", 1)) == 1
+        if not whole:
+            raise InputError(
+                "scheduler", type(scheduler).__name__, "one of one network call a step, for gradient above 0"
+            )
 
     def _kernel(self, original: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor, float]:
         """Mean and standard deviation of the step's Gaussian, by twins of the scheduler whose noise is 0 and 1."""

@@ -84,7 +84,7 @@ class Half:
 
     def __call__(self, pipe: Any) -> Any:
         found = twin(pipe)
-        net = found.unet.to(self.dtype)
+        net = nn.Module.to(found.unet, self.dtype)
 
         def cast(value: Any, dtype: torch.dtype) -> Any:
             if isinstance(value, Tensor):
@@ -314,7 +314,7 @@ def footprint(pipe: Any) -> int:
     count = 0
     for module in pipe.unet.modules():
         tensors = [*module._parameters.values(), *module._buffers.values()]
-        if hasattr(module, "_weight_bias"):  # PyTorch's packed layers
+        if hasattr(module, "_weight_bias") and not module._modules:  # PyTorch's packed weights
             weight, bias = module._weight_bias()
             tensors += [weight, bias]
             if weight.is_quantized and weight.qscheme() != torch.per_tensor_affine:

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from steersman.diffusion import ClassConditionalPipeline, DDIMScheduler, RDDMRestorationPipeline, RDDMScheduler
+from steersman.diffusion.adaptive_guidance import AdaptiveGuidance
 from steersman.diffusion.images import load_pipeline
 from steersman.diffusion.rddm import Levels, Pairs, apply, choose_objective, increments, read_pairs, train_rddm
 from steersman.diffusion.rddm.levels import Level, grid
@@ -26,7 +27,7 @@ from steersman.reference import loading
 from tests.diffusion import tiny
 
 T = 1000
-NATIVE = ("res_noise", "res", "noise", "x0_noise", "res_add_noise", "x0_add_noise", "x0")
+NATIVE = ("res_noise", "res", "epsilon", "x0_noise", "res_add_noise", "x0_add_noise", "sample")
 
 
 def g(seed: int = 0) -> torch.Generator:
@@ -223,7 +224,7 @@ def test_there_and_back_to_ddim():
         assert back.config[name] == theirs.config[name]
     assert torch.equal(back.alphas_cumprod, theirs.alphas_cumprod)
     with pytest.raises(InputError, match="residual_schedule"):
-        RDDMScheduler(prediction_type="noise").to_ddim()
+        RDDMScheduler(prediction_type="epsilon").to_ddim()
     with pytest.raises(InputError, match="residual_schedule"):
         RDDMScheduler.from_ddim(theirs, residual_schedule="average", clip_sample=True).to_ddim()
 
@@ -402,11 +403,11 @@ def test_erratum_the_variance_of_the_noise_may_exceed_one():
 
 def test_erratum_noise_prediction_lives_by_its_clip():
     """β̄/(1 - ᾱ) is 4e5 one timestep below the start, and 9e3 ten below."""
-    levels = RDDMScheduler(prediction_type="noise").levels
+    levels = RDDMScheduler(prediction_type="epsilon").levels
     gain = levels.beta / np.maximum(1 - levels.alpha, 1e-6)
     assert 3e5 < gain[998] < 6e5 and 7e3 < gain[989] < 1.1e4
     with pytest.raises(InputError, match="clip_sample"):
-        RDDMScheduler(prediction_type="noise", clip_sample=False)
+        RDDMScheduler(prediction_type="epsilon", clip_sample=False)
     RDDMScheduler.from_ddim(diffusers.DDIMScheduler(clip_sample=False))  # where ᾱ_T is below 1
 
 
@@ -451,7 +452,7 @@ def test_aosa_decides_within_its_band_and_trains_from_new_weights(pairs):
     made = choose_objective(Pairs.of(target, x_in), sum_scale=1.0, see_input=True, loss="l1", width=4, config=config)
     assert made.lambdas[0] == 0.5 and abs(made.lambdas[-1] - 0.5) >= 0.01
     assert all(abs(v - 0.5) < 0.01 for v in made.lambdas[:-1])
-    assert made.choice == ("res" if made.lambdas[-1] > 0.5 else "noise")
+    assert made.choice == ("res" if made.lambdas[-1] > 0.5 else "epsilon")
     auto = train_rddm(target, x_in, prediction_type="auto", width=4, steps=3, batch_size=4, seed=3)
     plain = train_rddm(target, x_in, prediction_type=auto.choice, width=4, steps=3, batch_size=4, seed=3)
     assert auto.losses == plain.losses and auto.pipeline.scheduler.config.prediction_type == auto.choice
@@ -494,11 +495,11 @@ def test_training_learns_a_constant_shift():
 
 def test_generation_has_a_zero_input():
     images = torch.rand(8, 1, 8, 8, generator=g())
-    made = train_rddm(images, prediction_type="noise", width=4, steps=2, batch_size=4, crop=8)
+    made = train_rddm(images, prediction_type="epsilon", width=4, steps=2, batch_size=4, crop=8)
     assert made.pipeline.unet.config.in_channels == 1
     assert len(made.pipeline(batch_size=3, num_inference_steps=2, output_type="np").images) == 3
     with pytest.raises(InputError, match=r"^height"):
-        train_rddm(images, prediction_type="noise", width=4, steps=0).pipeline(batch_size=1)
+        train_rddm(images, prediction_type="epsilon", width=4, steps=0).pipeline(batch_size=1)
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(pairs, tmp_path):
@@ -646,6 +647,23 @@ def test_on_the_digits_network_converted_steps_are_ours():
     assert (outs[0] - outs[1]).abs().max() < 1e-4
 
 
+def test_guidance_reads_a_converted_scheduler():
+    """Adaptive Guidance, which computes the noise from outputs by the scheduler's levels, cuts where it does on DDIM."""
+    pipe = load_pipeline(str(loading.path("digits")))
+    pipe.set_progress_bar_config(disable=True)
+    config, outs, guided = pipe.scheduler.config, [], []
+    start = torch.randn(3, 1, 8, 8, generator=g())
+    for kind in (DDIMScheduler, RDDMScheduler):
+        pipe.scheduler = kind.from_config(config, clip_sample=False)
+        method = AdaptiveGuidance(scale=3.0, threshold=0.98)
+        with method.install(pipe):
+            arguments = {"labels": [1, 2, 3], "guidance_scale": 2.0, "num_inference_steps": 10, "output_type": "latent"}
+            outs.append(pipe(latents=start, **arguments).images)
+        guided.append(method.guided_steps)
+    assert (outs[0] - outs[1]).abs().max() < 1e-4
+    assert torch.equal(guided[0], guided[1]) and guided[0].min() < 10
+
+
 # ------------------------------------------------------------------ files and apply
 
 
@@ -702,7 +720,7 @@ def test_apply_makes_a_folder_that_restores(folder, tmp_path):
 def test_apply_reports_what_aosa_chose(folder, tmp_path):
     lines = []
     facts = apply(folder, None, tmp_path / "o", prediction_type="auto", steps=2, width=4, crop=8, log=lines.append)
-    assert facts["chosen"] in ("res", "noise") and facts["undecided_steps"] <= 2 and lines
+    assert facts["chosen"] in ("res", "epsilon") and facts["undecided_steps"] <= 2 and lines
 
 
 def test_pairs_that_do_not_fit_are_refused_in_one_sentence(folder, tmp_path):
@@ -752,7 +770,7 @@ def test_pairs_that_do_not_fit_are_refused_in_one_sentence(folder, tmp_path):
         ({"optimizer": "sgd"}, "^optimizer"),
         ({"learning_rates": 1}, "^argument"),
         ({"condition": "noise"}, "^condition"),
-        ({"prediction_type": "epsilon"}, "^prediction_type"),
+        ({"prediction_type": "noise"}, "^prediction_type"),
         ({"prediction_type": "res_noise", "condition": "levels"}, "^condition"),
         ({"prediction_type": "auto", "nets": 2}, "auto"),
         ({"sum_scale": -1.0}, "^sum_scale"),
@@ -780,11 +798,11 @@ def test_images_of_several_sizes_need_a_crop():
         ({"residual_schedule": "ddim"}, "^noise_schedule"),
         ({"noise_schedule": "ddim", "sum_scale": 0.5}, "^sum_scale"),
         ({"sum_scale": -0.1}, "^sum_scale"),
-        ({"sum_scale": 0, "prediction_type": "noise"}, "^sum_scale"),
+        ({"sum_scale": 0, "prediction_type": "epsilon"}, "^sum_scale"),
         ({"eta": 1.1}, "^eta"),
         ({"eta": -0.1}, "^eta"),
         ({"prediction_type": "residual"}, "^prediction_type"),
-        ({"prediction_type": "v"}, "^prediction_type"),
+        ({"prediction_type": "v_prediction"}, "^prediction_type"),
         ({"residual_range": 0}, "^residual_range"),
         ({"clip_sample_range": 0}, "^clip_sample_range"),
         ({"variance": "ddpm"}, "^variance"),

@@ -309,14 +309,14 @@ class DDPM:
 
             return value
 
-        networks = Networks(net, None, "noise")
+        networks = Networks(net, None, "epsilon")
         fit(networks, pairs, objective, _config(budget, seed), callback=_progress(budget, log))
         net.save_pretrained(folder / "unet")
         scheduler.save_pretrained(folder / "scheduler")
 
     def load(self, folder: Path) -> Restore:
         net: Any = UNet2DModel.from_pretrained(folder / "unet").eval()
-        networks = Networks(net, None, "noise")
+        networks = Networks(net, None, "epsilon")
         scheduler: Any = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
 
         def restore(x: Tensor, mask: Tensor | None, calls: int, g: torch.Generator) -> Tensor:

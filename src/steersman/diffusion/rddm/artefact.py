@@ -20,7 +20,7 @@ def apply(
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
     prediction_type: Literal[
-        "res", "noise", "res_noise", "x0_noise", "res_add_noise", "x0_add_noise", "x0", "auto"
+        "res", "epsilon", "res_noise", "x0_noise", "res_add_noise", "x0_add_noise", "sample", "auto"
     ] = "res",
     sum_scale: float = 1.0,
     condition: Literal["time", "levels"] = "time",
@@ -47,8 +47,8 @@ def apply(
         out: where the pipeline folder goes.
         seed: of everything random.
         log: gets a line now and then.
-        prediction_type: what the network gives: res, noise, res_noise, x0_noise, res_add_noise, x0_add_noise, x0, or
-            auto (res or noise, whichever AOSA chooses).
+        prediction_type: what the network gives: res, epsilon, res_noise, x0_noise, res_add_noise, x0_add_noise, sample,
+            or auto (res or epsilon, whichever AOSA chooses).
         sum_scale: variance of the noise at the start.
         condition: what networks are told: time or levels.
         nets: 2 gives the two heads of res_noise and the like a network each.

@@ -76,7 +76,7 @@ class Networks(nn.Module):
         second: Any = t
         if isinstance(t, tuple):
             first, second = t
-            if self.kind == "noise":
+            if self.kind == "epsilon":
                 first = second
         out = self.unet(seen, _rows(first, x)).sample
         if self.noise_unet is not None:

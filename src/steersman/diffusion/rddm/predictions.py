@@ -19,9 +19,11 @@ from torch import Tensor
 from steersman.diffusion.rddm.levels import Level
 from steersman.errors import InputError, nearest
 
-PredictionKind = Literal["res_noise", "res", "noise", "x0_noise", "res_add_noise", "x0_add_noise", "x0", "v"]
+PredictionKind = Literal[
+    "res_noise", "res", "epsilon", "x0_noise", "res_add_noise", "x0_add_noise", "sample", "v_prediction"
+]
 KINDS: tuple[str, ...] = get_args(PredictionKind)
-HEADS = {"res": 1, "noise": 1, "x0": 1, "v": 1}  # all others have two
+HEADS = {"res": 1, "epsilon": 1, "sample": 1, "v_prediction": 1}  # all others have two
 FLOOR = 1e-6
 """1 - ᾱ is at least this in SM-N, whose Î_0 at the start is then whatever clipping makes of it."""
 
@@ -50,19 +52,19 @@ def targets(kind: str, target: Tensor, residual: Tensor, noise: Tensor) -> tuple
 
         res_noise     (I_res, ε)          x0_noise      (I_0, ε)
         res           (I_res,)            res_add_noise (I_res, I_res + ε)
-        noise         (ε,)                x0_add_noise  (I_0, I_0 + ε)          x0  (I_0,)
+        epsilon       (ε,)                x0_add_noise  (I_0, I_0 + ε)          sample  (I_0,)
 
     Raises:
-        InputError: a kind that is not trained here (``v`` comes with converted networks).
+        InputError: a kind that is not trained here (``v_prediction`` comes with converted networks).
     """
     found = {
         "res_noise": (residual, noise),
         "res": (residual,),
-        "noise": (noise,),
+        "epsilon": (noise,),
         "x0_noise": (target, noise),
         "res_add_noise": (residual, residual + noise),
         "x0_add_noise": (target, target + noise),
-        "x0": (target,),
+        "sample": (target,),
     }
     if kind not in found:
         raise InputError("prediction_type", kind, nearest(str(kind), found))
@@ -97,7 +99,7 @@ def estimate(
     again after Î_0 was clipped.
 
     Args:
-        kind: see :func:`targets`; ``v`` = (1 - ᾱ) ε - β̄ I_0, of converted networks.
+        kind: see :func:`targets`; ``v_prediction`` = (1 - ᾱ) ε - β̄ I_0, of converted networks.
         outputs: one tensor a head, of the shape of ``x``.
         x: I_t.
         x_in: I_in; 0 for generation.
@@ -119,11 +121,11 @@ def estimate(
     if kind in ("x0_noise", "x0_add_noise"):
         eps = second if kind == "x0_noise" else second - first
         return Estimate(bounded(first, clip), bounded(x_in - first, clip_residual), eps)
-    if kind in ("res", "x0"):
+    if kind in ("res", "sample"):
         res = bounded(first if kind == "res" else x_in - first, clip_residual)
         made = None if beta == 0 else (x - x_in + (1 - alpha) * res) / beta
         return Estimate(bounded(x_in - res, clip), res, made)
-    if kind == "v":
+    if kind == "v_prediction":
         x0 = bounded(torch.add((1 - alpha) * x, first, alpha=-beta), clip)
         return Estimate(x0, bounded(x_in - x0, clip_residual), torch.add((1 - alpha) * first, x, alpha=beta))
     eps = first

@@ -41,7 +41,8 @@ from steersman.diffusion.scheduler import ROOM, PerStep, alphas_cumprod, spaced
 from steersman.diffusion.solver import Generators, gaussian
 from steersman.errors import InputError, nearest
 
-CONVERTED = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
+CONVERTED = ("epsilon", "v_prediction", "sample")
+"""Kinds of prediction of DDIM's networks, which keep their names."""
 
 
 @dataclass
@@ -70,9 +71,9 @@ class RDDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         residual_schedule, residual_power: of α, see :func:`~steersman.diffusion.rddm.levels.increments`; ``ddim``
             is 1 - √abar of the betas below.
         noise_schedule, noise_power: of β²; ``ddim`` is 1 - abar.
-        sum_scale: s, the variance of the noise at the start. 0 is the process without noise, for ``res`` and ``x0``.
-        prediction_type: what the network gives: res_noise (SM-Res-N), res (SM-Res), noise (SM-N), x0_noise,
-            res_add_noise, x0_add_noise, x0; v for converted networks.
+        sum_scale: s, the variance of the noise at the start; 0 is a process without noise, for ``res`` and ``sample``.
+        prediction_type: what the network gives: res_noise (SM-Res-N), res (SM-Res), epsilon (SM-N),
+            x0_noise, res_add_noise, x0_add_noise, sample; v_prediction for converted networks.
         eta: η, from 0 to 1.
         variance: ``rddm`` is the module's σ²; ``ddim`` is DDIM's, with the *deviation* multiplied by η:
             σ² = η² Δβ² β̄_s² / (β̄_t² (1 - β̄_s²)).
@@ -153,7 +154,7 @@ class RDDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             same: tuple[str, ...] = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
             same += ("rescale_betas_zero_snr", "set_alpha_to_one", "steps_offset", "clip_sample", "clip_sample_range")
             converted = {name: config[name] for name in same if name in config}
-            converted |= {"residual_schedule": "ddim", "noise_schedule": "ddim", "prediction_type": CONVERTED[kind]}
+            converted |= {"residual_schedule": "ddim", "noise_schedule": "ddim", "prediction_type": kind}
             converted |= {"variance": "ddim", "step_form": "closed", "residual_range": None}
             converted["timestep_spacing"] = config.get("timestep_spacing", "leading")
             converted.setdefault("clip_sample", False)
@@ -187,15 +188,14 @@ class RDDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             InputError: other levels, or a network that gives what DDIM can't read.
         """
         c: Any = self.config
-        kinds = {kind: name for name, kind in CONVERTED.items()}
         if c.residual_schedule != "ddim":
             allowed = "ddim, where (1 - alpha)^2 + beta^2 = 1 (networks of other levels see other inputs)"
             raise InputError("residual_schedule", c.residual_schedule, allowed)
-        if c.prediction_type not in kinds:
-            raise InputError("prediction_type", c.prediction_type, nearest(c.prediction_type, kinds))
+        if c.prediction_type not in CONVERTED:
+            raise InputError("prediction_type", c.prediction_type, nearest(c.prediction_type, CONVERTED))
         made = {
             "num_train_timesteps": c.num_train_timesteps,
-            "prediction_type": kinds[c.prediction_type],
+            "prediction_type": c.prediction_type,
             "clip_sample": c.clip_sample,
             "clip_sample_range": c.clip_sample_range,
             "set_alpha_to_one": c.set_alpha_to_one,
@@ -262,13 +262,13 @@ class RDDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if isinstance(c[name], bool) or not isinstance(c[name], (int, float)) or not c[name] > 0:
                 raise InputError(name, c[name], "a number above 0")
         converted = c.residual_schedule == "ddim"
-        if c.sum_scale == 0 and c.prediction_type not in ("res", "x0"):
+        if c.sum_scale == 0 and c.prediction_type not in ("res", "sample"):
             raise InputError("sum_scale", c.sum_scale, "above 0 for networks that predict noise")
-        if c.prediction_type == "noise" and not c.clip_sample and not converted and self._trained_rest is None:
+        if c.prediction_type == "epsilon" and not c.clip_sample and not converted and self._trained_rest is None:
             allowed = "true for SM-N: 1 - alpha falls to 0, and only clipping keeps the estimate of the image finite"
             raise InputError("clip_sample", c.clip_sample, allowed)
-        if c.prediction_type == "v" and not converted:
-            raise InputError("prediction_type", "v", "of a converted network on its own levels (from_ddim)")
+        if c.prediction_type == "v_prediction" and not converted:
+            raise InputError("prediction_type", "v_prediction", "of a converted network on its own levels (from_ddim)")
         if c.variance == "ddim" and float(self.levels.beta[-1]) > 1:
             raise InputError("variance", "ddim", "rddm where the noise has a variance above 1 (sum_scale)")
 

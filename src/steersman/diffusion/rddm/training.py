@@ -249,7 +249,7 @@ class RDDMTraining:
         pipeline: with the averaged weights.
         losses: of each step.
         seconds: that it took.
-        choice: what AOSA chose, res or noise; None without it.
+        choice: what AOSA chose, res or epsilon; None without it.
         lambdas: the path of λ.
     """
 
@@ -285,8 +285,8 @@ def train_rddm(
         target: I_0 in [0, 1], (n, C, H, W) or a list of (C, H, W); or ``Pairs``.
         input: I_in, one for each target and of its size; None trains generation (I_in = 0).
         mask: in [0, 1], alike, of 1 or C channels, which the network sees too.
-        prediction_type: res (SM-Res), noise (SM-N), res_noise (SM-Res-N), x0_noise, res_add_noise, x0_add_noise, x0;
-            or ``auto``, which tries and chooses res or noise.
+        prediction_type: res (SM-Res), epsilon (SM-N), res_noise (SM-Res-N), x0_noise, res_add_noise, x0_add_noise,
+            sample; or ``auto``, which tries and chooses res or epsilon.
         scheduler: an :class:`RDDMScheduler`; None makes one of the arguments above and below.
         sum_scale: s, the variance of the noise at the start.
         condition: tell the networks the ``time``, or ``levels``, for paths that part residual and noise.
@@ -369,7 +369,7 @@ def distance(a: Tensor, b: Tensor, form: str) -> Tensor:
 class Choice:
     """What AOSA chose, and the path of λ."""
 
-    choice: Literal["res", "noise"]
+    choice: Literal["res", "epsilon"]
     lambdas: list[float]
 
 
@@ -417,7 +417,7 @@ def choose_objective(
 
     # Checkpoints are the training's that follows.
     fit(mixed, pairs, objective_of, TrainingConfig(**{**vars(config), "output_dir": None}), callback=decided)
-    return Choice("res" if lambdas[-1] > 0.5 else "noise", lambdas)
+    return Choice("res" if lambdas[-1] > 0.5 else "epsilon", lambdas)
 
 
 def _config(arguments: dict[str, Any]) -> TrainingConfig:

@@ -35,7 +35,7 @@ from steersman.diffusion.aptp import (
 from steersman.diffusion.aptp.costs import example_inputs
 from steersman.diffusion.aptp.gates import MEDIAN, gumbel, hard, ordered
 from steersman.diffusion.aptp.losses import contrastive_loss, resource_loss, snr_weights
-from steersman.diffusion.aptp.routing import magnitudes
+from steersman.diffusion.aptp.routing import magnitudes, potentials
 from steersman.errors import InputError, TrialError
 from steersman.reference import scenes
 from tests.diffusion import tiny
@@ -226,6 +226,32 @@ def test_erratum_gates_before_the_normalisation_are_not_the_cut_network(unet, la
     assert (early - exact).abs().max() > 1e-3
 
 
+def test_erratum_soft_gates_before_the_normalisation_have_no_effect(unet, layout):
+    """A GroupNorm undoes a factor on a whole group: there, neither output nor gradient tells of a gate of 0.3."""
+    group, part = next((w, s) for w, s in zip(layout.widths, layout.slices, strict=True) if w.kind == "norm")
+    x, t, c = batch(1)
+    each = group.channels // group.width
+    u = torch.full((1, group.width), 0.3, requires_grad=True)
+
+    def before(module, arguments):
+        return (arguments[0] * u.repeat_interleave(each, 1)[:, :, None, None],)
+
+    hook = unet.get_submodule(group.path.replace("conv2", "norm2")).register_forward_pre_hook(before)
+    early = unet(x, t, c).sample
+    slope = torch.autograd.grad(early.square().mean(), u)[0].abs().max()
+    hook.remove()
+    g = layout.ones()
+    g[0, part] = 0.3
+    g.requires_grad_(True)
+    with gated(unet, layout, g):
+        behind = unet(x, t, c).sample
+    ours = torch.autograd.grad(behind.square().mean(), g)[0][0, part].abs().max()
+    with torch.no_grad():
+        plain = unet(x, t, c).sample
+    assert (early - plain).abs().max() < 0.05 * (behind - plain).abs().max()
+    assert slope < 0.05 * ours
+
+
 def test_multiply_adds_are_those_that_torch_counts(unet, layout, costs):
     inputs = example_inputs(unet, TEXT)
     for g in [layout.ones()[0], *random_gates(layout, 6, generator(3))]:
@@ -329,6 +355,19 @@ def test_transport_spreads_collapsed_prompts():
         S[:, 2] += 0.3
         assert (S.argmax(1) == 2).all()
         assert sinkhorn(S).argmax(1).bincount().max() <= 20
+
+
+def test_potentials_balance_single_prompts():
+    """What transport does for a batch, for one prompt at a time."""
+    S = 0.1 * torch.rand(400, 4, generator=generator())
+    S[:, 1] += 0.08
+    assert S.argmax(1).bincount(minlength=4).max() > 300
+    offsets = potentials(S)
+    counts = (S + offsets).argmax(1).bincount(minlength=4)
+    assert counts.min() >= 90 and float(offsets.mean()) == pytest.approx(0, abs=1e-6)
+    fresh = 0.1 * torch.rand(400, 4, generator=generator(1))
+    fresh[:, 1] += 0.08
+    assert (fresh + offsets).argmax(1).bincount(minlength=4).min() > 60
 
 
 def test_the_contrastive_loss_is_flat_where_similarities_coincide():
@@ -455,6 +494,15 @@ def test_pruning_meets_the_budget_by_use(pruner):
     for k, expert in pruner.experts.items():
         smaller = sum(p.numel() for p in expert.parameters()) < sum(p.numel() for p in pruner.unet.parameters())
         assert smaller == (pruner.macs[k] < 1)
+
+
+def test_experts_with_equal_shares_of_the_prompts(pipe):
+    images, captions = captioned()
+    made = PromptRoutedPruner(pipe, **SHORT | {"balanced": True}).fit(images, captions)
+    made.prune()
+    shares = np.bincount(made.pipeline().route(captions), minlength=3) / len(captions)
+    np.testing.assert_allclose(shares, made.router.usage.numpy(), atol=1e-6)
+    assert shares.min() > 0.2
 
 
 @pytest.mark.parametrize("architecture", ["random", "magnitude", "whole"])

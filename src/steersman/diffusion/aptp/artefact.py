@@ -30,6 +30,7 @@ def apply(
     finetune_learning_rate: float = 1e-4,
     architecture: Literal["learned", "random", "magnitude", "whole"] = "learned",
     transport: bool = True,
+    balanced: bool = False,
     by_macs: bool = False,
     embedding: Embedding | None = None,
 ) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def apply(
         steps, batch_size, learning_rate, warm_start: of the router's training; the rate is used as it is.
         finetune, finetune_batch_size, finetune_learning_rate: steps and so on of each expert; 0 steps leave it out.
         architecture: learned; or random, magnitude, whole (one network each), for comparison.
-        transport, by_macs: see :class:`APTPConfig`.
+        transport, balanced, by_macs: see :class:`APTPConfig`.
         embedding: file.py:name, texts -> (B, d); by default the pipeline's text encoder.
 
     Returns:
@@ -68,6 +69,7 @@ def apply(
         experts=1 if single else experts,
         architecture=architecture,
         transport=transport,
+        balanced=balanced,
         by_macs=by_macs,
         steps=steps,
         batch_size=batch_size,

@@ -10,7 +10,8 @@ its input x,
 
 Width gates act where the hidden channels enter the block's second layer, behind normalisation and activation: there
 a channel at 0 is a channel that is not there, so the masked network is the cut one. (Before the GroupNorm it would not
-be: a group of zeros leaves it as its bias.) Residual streams keep their width.
+be: a group of zeros leaves it as its bias, and a soft gate on a whole group is normalised away, so that only the
+multiply-adds would ever see it.) Residual streams keep their width.
 
 Gates come from logits a, one for each, by a relaxation with Gumbel noise G = -log(-log(U)),
 

@@ -10,6 +10,9 @@ each times 1/sqrt(width of its group), so that every group counts alike, and nor
 In training a prompt gets a code by entropic transport to codes of equal mass, Q = exp(S/ε)ᵀ alternately scaled to rows
 of sum 1/K and columns of sum 1/B (Sinkhorn), and then the argmax of its column; in use by the argmax of S.
 
+Nothing pulls prompts and codes towards each other, so the argmax of S need not use the codes equally. ``potentials``
+are offsets of the codes with which it does.
+
 Here neither codes nor prompts draw noise in use, so a prompt's expert depends on the prompt alone. The authors' code
 keeps the codes' gates of the last training step, and draws the prompts' noise anew from seed 0 in each batch: equal
 prompts in two rows have different gates there. ``official_noise`` reproduces that.
@@ -17,6 +20,7 @@ prompts in two rows have different gates there. ``official_noise`` reproduces th
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +34,8 @@ from steersman.diffusion.aptp.gates import OFFSET, TEMPERATURE, GateLayout, gumb
 from steersman.errors import InputError
 
 EPSILON, ITERATIONS = 0.05, 3
+SHARP = 0.05
+"""ε of the offsets that balance an argmax, in standard deviations."""
 CLOSE = 0.002
 """Share of all multiply-adds by which a budget may be undercut."""
 
@@ -57,6 +63,31 @@ def sinkhorn(similarity: Tensor, epsilon: float = EPSILON, iterations: int = ITE
     return (B * Q).T
 
 
+def potentials(similarity: Tensor, sharpness: float = SHARP, iterations: int = 500) -> Tensor:
+    """Offsets f (K,) of the codes with which the argmax of S + f is balanced over these prompts.
+
+    They are the dual variables of the transport at an ε that is small against the codes' differences, where its weights
+    are all but an assignment. Unlike the transport they can be used on one prompt at a time. (Ours, not the paper's.)
+
+    Args:
+        similarity: S, (B, K).
+        sharpness: ε in standard deviations of a prompt's similarities.
+        iterations: row and column scalings.
+    """
+    S = similarity.double()
+    B, K = S.shape
+    if K == 1:
+        return torch.zeros_like(similarity[0])
+    epsilon = sharpness * max(float((S - S.mean(1, keepdim=True)).std()), 1e-9)
+    S = S / epsilon
+    row = torch.zeros(B, 1, dtype=torch.float64, device=S.device)
+    code = torch.zeros(1, K, dtype=torch.float64, device=S.device)
+    for _ in range(iterations):
+        code = -math.log(K) - torch.logsumexp(S + row, 0, keepdim=True)
+        row = -math.log(B) - torch.logsumexp(S + code, 1, keepdim=True)
+    return (epsilon * (code - code.mean()))[0].to(similarity)
+
+
 class Router(nn.Module):
     """Predictor and codebook, and the K hard architectures that were made of it.
 
@@ -71,6 +102,7 @@ class Router(nn.Module):
     """
 
     scale: Tensor
+    potentials: Tensor
     architectures: Tensor
     drawn: Tensor
     alive: Tensor
@@ -106,6 +138,7 @@ class Router(nn.Module):
             assert costs is not None
             scale = scale * costs.shares().float()
         self.register_buffer("scale", scale)
+        self.register_buffer("potentials", torch.zeros(experts))
         self.register_buffer("architectures", torch.ones(experts, D))
         self.register_buffer("drawn", torch.ones(experts, D))
         self.register_buffer("alive", torch.ones(experts, dtype=torch.bool))
@@ -156,7 +189,7 @@ class Router(nn.Module):
 
         Prompts whose code has no expert go to the nearest that has one, with a warning.
         """
-        S = self.similarity(z, official_noise)
+        S = self.similarity(z, official_noise) + self.potentials
         best = S.argmax(1)
         lost = ~self.alive[best]
         if bool(lost.any()):

@@ -32,7 +32,15 @@ from steersman.diffusion.aptp import losses
 from steersman.diffusion.aptp.captions import Embedding, PooledText, checked_captions, embed_all
 from steersman.diffusion.aptp.costs import MultiplyAdds
 from steersman.diffusion.aptp.gates import OFFSET, TEMPERATURE, GateLayout, gated
-from steersman.diffusion.aptp.routing import EPSILON, ITERATIONS, Router, magnitudes, sinkhorn, within_budget
+from steersman.diffusion.aptp.routing import (
+    EPSILON,
+    ITERATIONS,
+    Router,
+    magnitudes,
+    potentials,
+    sinkhorn,
+    within_budget,
+)
 from steersman.diffusion.aptp.surgery import cut, save_pruned
 from steersman.errors import InputError, TrialError
 
@@ -51,6 +59,7 @@ class APTPConfig:
         architecture: ``learned``; or, for comparison, ``random`` or ``magnitude`` (one network each), or ``whole``
             (nothing is pruned), which skip the router's training.
         transport: assign by transport in training; without, by the largest cosine.
+        balanced: in use, offset the codes' similarities so that the training prompts are spread equally (ours).
         by_macs: gates count by their share of the multiply-adds when architectures are compared.
         steps, batch_size: of the router's training; K at most a batch, and transport wants 4K.
         shrink: images of the router's training are averaged over squares of so many pixels (the paper trains the router
@@ -76,6 +85,7 @@ class APTPConfig:
     experts: int = 8
     architecture: Architecture = "learned"
     transport: bool = True
+    balanced: bool = False
     by_macs: bool = False
     steps: int = 5000
     batch_size: int = 64
@@ -337,6 +347,9 @@ class PromptRoutedPruner:
         """
         router = self._fitted()
         c = self.config
+        router.potentials.zero_()
+        if c.balanced:
+            router.potentials.copy_(potentials(self._similarity(router)))
         index = self._assigned(router)
         usage = torch.bincount(index, minlength=c.experts).double() / len(index)
         if c.architecture == "learned":
@@ -369,9 +382,11 @@ class PromptRoutedPruner:
 
     def _assigned(self, router: Router) -> Tensor:
         """The code of each training prompt, before any is found empty."""
+        return (self._similarity(router) + router.potentials.cpu()).argmax(1)
+
+    def _similarity(self, router: Router) -> Tensor:
         assert self._z is not None
-        S = torch.cat([router.similarity(part.to(self.unet.device)).cpu() for part in self._z.split(1024)])
-        return S.argmax(1)
+        return torch.cat([router.similarity(part.to(self.unet.device)).cpu() for part in self._z.split(1024)])
 
     @property
     def macs(self) -> dict[int, float]:

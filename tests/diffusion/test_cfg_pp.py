@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from steersman import catalog
 from steersman.diffusion.cfg_pp import (
     CFGPP,
     AveragePool,
@@ -865,6 +866,9 @@ def test_inversion_refuses_what_it_can_not_do():
             invert(pipe, bad, labels=0)
     with CFGPlusPlus().install(pipe), pytest.raises(InputError, match="without installed methods"):
         invert(pipe, images, labels=0)
+    for call in (lambda p: invert(p, images), lambda p: restore(p, images, AveragePool(2))):
+        with pytest.raises(InputError, match="StableDiffusion3Pipeline' .* a pipeline with a unet"):
+            call(flow_pipeline())
 
 
 # ------------------------------------------------------------------ inverse problems
@@ -1140,6 +1144,13 @@ def test_apply_refuses_what_it_can_not_do(folder, settings, message):
     (folder / "out").mkdir()
     with pytest.raises(InputError, match=message):
         apply(folder / "pipe", folder / "images.npy", folder / "out", steps=2, **settings)
+
+
+def test_the_cards_example_runs():
+    text = catalog.card("cfg-pp").text.partition("## Use\n")[2]
+    found: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], found)
+    assert found["edited"].shape == found["restored"].shape == (2, 1, 8, 8)
 
 
 # ------------------------------------------------------------------ hosts at their edges

@@ -146,9 +146,9 @@ class RealImages(PipelineBench):
                 A = _operator(task, images, rng)
                 y, start = A(images), _pipelines.shared_noise(s, len(images), rng)
                 found = restore(s.pipe, y, A, eta=setting["eta"], latents=start, **ways, **shown)
-                figures["residual"] = float((A(found) - y).square().mean().sqrt())
+                figures["residual"] = float((A(found.float().cpu()) - y).square().mean().sqrt())
         figures["calls_used"] = counter.rows / len(images)
-        found = found.float().clamp(-1, 1)
+        found = found.float().cpu().clamp(-1, 1)
         if not bool(found.isfinite().all()):
             found = found.nan_to_num()
         values = psnr(found, images)

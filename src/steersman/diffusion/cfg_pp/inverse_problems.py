@@ -237,6 +237,7 @@ def restore(
         raise InputError(
             "pipe", type(pipe).__name__, "one without installed methods: restoring brings its own guidance"
         )
+    latent_shape(pipe)
     count, latent = len(y), getattr(pipe, "vae", None) is not None
     network = Branches(pipe, count, **inputs)
     z = torch.zeros((count, *latent_shape(pipe)), device=pipe.unet.device, dtype=pipe.unet.dtype)
@@ -264,7 +265,8 @@ def restore(
             scheduler.uncond_output = uncond.detach()
         after = scheduler.step(output.detach(), t, z.detach()).prev_sample
         z = after - move if weighted else after
-    return decode(pipe, z.detach()).detach()
+    with torch.no_grad():
+        return decode(pipe, z.detach())
 
 
 def _misfit(pipe: Any, z_0: Tensor, y: Tensor, operator: LinearOperator, eta: float, gamma: float) -> Tensor:

@@ -57,7 +57,7 @@ def invert(
     Raises:
         InputError: an unknown mode, a scale that it does not take, or images of another size.
     """
-    with _prepared(pipe, mode, scale, inverse=True) as guidance_scale:
+    with _prepared(pipe, mode, scale, inverse=True) as guidance_scale, torch.no_grad():
         return _run(pipe, encode(pipe, images), num_inference_steps, guidance_scale, inputs)
 
 
@@ -74,7 +74,7 @@ def sample(
 
     DDIM, to abar = 1. With the prompt of the inversion the image comes back, as well as it was inverted.
     """
-    with _prepared(pipe, mode, scale, inverse=False) as guidance_scale:
+    with _prepared(pipe, mode, scale, inverse=False) as guidance_scale, torch.no_grad():
         return decode(pipe, _run(pipe, latents, num_inference_steps, guidance_scale, inputs))
 
 
@@ -167,7 +167,13 @@ def _prepared(pipe: Any, mode: str, scale: float | None, inverse: bool) -> Itera
 
 
 def latent_shape(pipe: Any) -> tuple[int, int, int]:
-    """(C, h, w) of the network's input."""
+    """(C, h, w) of the network's input.
+
+    Raises:
+        InputError: a pipeline without a unet.
+    """
+    if getattr(pipe, "unet", None) is None:
+        raise InputError("pipe", type(pipe).__name__, "a pipeline with a unet (flow matching has no DDIM)")
     config = pipe.unet.config
     size = config.sample_size
     return (config.out_channels, *((size, size) if isinstance(size, int) else tuple(size)))
@@ -200,5 +206,4 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return latents
-    with torch.set_grad_enabled(latents.requires_grad):
-        return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.to(latents.dtype)
+    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.to(latents.dtype)

@@ -867,7 +867,7 @@ def test_inversion_refuses_what_it_can_not_do():
     with CFGPlusPlus().install(pipe), pytest.raises(InputError, match="without installed methods"):
         invert(pipe, images, labels=0)
     for call in (lambda p: invert(p, images), lambda p: restore(p, images, AveragePool(2))):
-        with pytest.raises(InputError, match="StableDiffusion3Pipeline' .* a pipeline with a unet"):
+        with pytest.raises(InputError, match=r"StableDiffusion3Pipeline' .* a pipeline with a unet"):
             call(flow_pipeline())
 
 

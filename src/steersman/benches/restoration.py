@@ -299,7 +299,7 @@ class DDPM:
         def objective(network: nn.Module) -> Any:
             def value(target: Tensor, x_in: Tensor | None, mask: Tensor | None, g: torch.Generator) -> Tensor:
                 t = torch.randint(1000, (len(target),), generator=g)
-                eps = torch.randn(target.shape, generator=g)
+                eps = torch.randn(target.shape, generator=g).to(target)
                 x = scheduler.add_noise(target, eps, t)
                 if self.predicts == "v_prediction":
                     wanted = scheduler.get_velocity(target, eps, t)
@@ -344,7 +344,7 @@ def _joined(x_in: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(len(x), dtype=torch.long)
+    return torch.zeros(len(x), dtype=torch.long, device=x.device)
 
 
 def _config(budget: Mapping[str, Any], seed: int) -> TrainingConfig:
@@ -375,7 +375,7 @@ class Restoration:
         "steps": Knob(int, 300, "training steps of every recipe", low=1, sweep=False),
         "batch_size": Knob(int, 8, "crops of a training step", low=1, sweep=False),
         "width": Knob(int, 16, "channels of the network, a multiple of 4", low=4, sweep=False),
-        "learning_rate": Knob(float, 1e-3, "of every recipe", low=0, sweep=False),
+        "learning_rate": Knob(float, 3e-3, "of every recipe", low=0, sweep=False),
         "crop": Knob(int, 24, "side of the crops, in pixels", low=8, high=512, sweep=False),
         "pairs": Knob(int, 2000, "training crops", low=1, sweep=False),
         "samples": Knob(int, 32, "held-out crops that are restored, at most as many as there are", low=2, sweep=False),
@@ -446,7 +446,7 @@ class Restoration:
     # ---------------------------------------------------------------- contenders
 
     def baselines(self) -> list[str]:
-        return ["identity", "tv", "regression", "ddpm"]
+        return ["identity", "tv", "regression", "ddpm:predicts=residual"]
 
     def parts(self) -> Mapping[str, PartInfo]:
         return {

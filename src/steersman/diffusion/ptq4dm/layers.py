@@ -82,6 +82,8 @@ class Activation:
         self.batches: dict[float, int] = {}
         self.dropped: float | None = None
         """QDrop: the share of values that stay as they are, while rounding is being learnt."""
+        self.step: Tensor | None = None
+        """Δ while it is being learnt."""
 
     def key(self, timestep: Any) -> float:
         """Which range a batch's is: that of its one timestep, or the only one."""
@@ -137,7 +139,25 @@ class Activation:
             return torch.where(kept, x, self._fake(x, delta, zero))
         return self._fake(x, delta, zero)
 
+    def learn(self) -> nn.Parameter | None:
+        """Δ as a parameter, to be learnt; None where there are several."""
+        if self.by_timestep:
+            return None
+        self.step = nn.Parameter(torch.tensor(self.levels()[0]))
+        return self.step
+
+    def learnt(self) -> None:
+        """Take the range of the Δ that was learnt."""
+        if self.step is not None:
+            low, high = self.ranges[0.0]
+            ratio = max(float(self.step.detach()), 1e-12) / self.levels()[0]
+            self.ranges[0.0], self.step = (low * ratio, high * ratio), None
+
     def _fake(self, x: Tensor, delta: float, zero: int) -> Tensor:
+        if self.step is not None:
+            v = x / self.step
+            q = (v + (v.round() - v).detach() + zero).clamp(0, 2**self.bits - 1)
+            return (q - zero) * self.step
         y = torch.fake_quantize_per_tensor_affine(x.float(), delta, zero, 0, 2**self.bits - 1)
         return y.to(x.dtype)
 

@@ -48,6 +48,7 @@ ENDS = 8
 """Bits, at least, of the network's first and last layers."""
 TRACED = 256
 """States that the report's figures are taken over."""
+ALWAYS_KEPT = ("GroupNorm", "LayerNorm", "RMSNorm", "Embedding")
 PARTS_OF_TIME = 10
 """Parts of the run that ranges are reported for."""
 
@@ -588,12 +589,14 @@ class PTQ4DM(Installable):
         return {name: found[name] for name in order[:count]}
 
     def report(self) -> dict[str, Any]:
-        """How many layers, what stayed in floating point, and the signal-to-noise ratios (worst five by name)."""
+        """How many layers, the signal-to-noise ratios (worst five by name), and which layers stayed in floating point,
+        of the norms and embeddings, which all do, the number."""
         ratios = {name: facts["sqnr_db"] for name, facts in self.layers.items()}
         ordered = sorted(ratios, key=lambda name: ratios[name])
         return {
             "quantised": len(ratios),
-            "kept": dict(self.kept),
+            "norms_and_embeddings": sum(why in ALWAYS_KEPT for why in self.kept.values()),
+            "kept": {name: why for name, why in self.kept.items() if why not in ALWAYS_KEPT},
             "sqnr_db": {
                 "worst": ratios[ordered[0]] if ordered else math.inf,
                 "median": float(np.median(list(ratios.values()))) if ordered else math.inf,

@@ -15,7 +15,6 @@ a few large values buys finer levels for all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -27,6 +26,8 @@ Metric = Literal["l2.4", "mse", "l1", "cosine", "kl"]
 METRICS: tuple[str, ...] = get_args(Metric)
 Side = Literal["both", "positive", "negative"]
 
+AT_ONCE = 2**18
+"""Values that are quantised at once."""
 GRID = 100
 """Ranges that are tried: multiples of a hundredth of the largest value."""
 BINS = 2048
@@ -93,35 +94,31 @@ def search(x: Tensor, bits: int, metric: Metric = "l2.4", side: Side = "both") -
     peak = x.abs().amax(1)
     # Relative to the peak, so that a row times 2^m finds exactly the same k.
     u = x / torch.where(peak > 0, peak, 1.0)[:, None]
-    distance = _kl(u, bits, side) if metric == "kl" else _distance(u, bits, metric, side)
-    best = torch.full_like(peak, torch.inf)
-    found = torch.full_like(peak, float(GRID))
-    for k in range(1, GRID + 1):
-        loss = distance(k / GRID)
-        better = loss < best
-        best, found = torch.where(better, loss, best), torch.where(better, float(k), found)
-    return peak * (found / GRID)
+    if metric == "kl":
+        losses = _kl(u, bits, side)
+    else:
+        each = max(AT_ONCE // max(u.numel(), 1), 1)
+        grid = torch.arange(1, GRID + 1, device=u.device) / GRID
+        losses = torch.cat([_distances(u, r, bits, metric, side) for r in grid.split(each)])
+    return peak * ((losses.argmin(0) + 1) / GRID)
 
 
-def _distance(u: Tensor, bits: int, metric: Metric, side: Side) -> Callable[[float], Tensor]:
-    """d(u, û) of each row as a function of r."""
-
-    def distance(r: float) -> Tensor:
-        v = quantise(u, *_levels(r, bits, side), bits)
-        if metric == "cosine":
-            return 1 - torch.nn.functional.cosine_similarity(u, v, dim=1)
-        error = (u - v).abs_()
-        if metric == "l2.4":
-            error.pow_(2.4)
-        elif metric == "mse":
-            error.square_()
-        return error.mean(1)
-
-    return distance
+def _distances(u: Tensor, r: Tensor, bits: int, metric: Metric, side: Side) -> Tensor:
+    """d(u, û) for each range and row, (ranges, rows)."""
+    delta, zero = _levels(r[:, None, None], bits, side)
+    v = quantise(u, delta, zero, bits)
+    if metric == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(u.expand_as(v), v, dim=2)
+    error = (u - v).abs_()
+    if metric == "l2.4":
+        error.pow_(2.4)
+    elif metric == "mse":
+        error.square_()
+    return error.mean(2)
 
 
-def _kl(u: Tensor, bits: int, side: Side) -> Callable[[float], Tensor]:
-    """KL(P || Q) of each row as a function of r.
+def _kl(u: Tensor, bits: int, side: Side) -> Tensor:
+    """KL(P || Q) for each range and row, (ranges, rows).
 
     P is the histogram of |u| up to r, with what lies beyond in its last bin. Q has the mass of each level spread
     evenly over those of its bins that are not empty, without what lies beyond.
@@ -145,7 +142,7 @@ def _kl(u: Tensor, bits: int, side: Side) -> Callable[[float], Tensor]:
         q = q / q.sum(1, keepdim=True).clamp(min=1e-12)
         return torch.where(p > 0, p * (p.clamp(min=1e-12) / q.clamp(min=1e-12)).log(), 0.0).sum(1)
 
-    return divergence
+    return torch.stack([divergence(k / GRID) for k in range(1, GRID + 1)])
 
 
 def search_affine(x: Tensor, bits: int, power: float = 2.4) -> tuple[float, float]:

@@ -9,7 +9,8 @@ and learns V from the block's output in full precision (BRECQ, Li et al. 2021),
     min_V  |block_q(x_q) - block(x)|^2 + λ Σ (1 - |2 h(V) - 1|^β),
 
 with β falling from 20 to 2, so that every h ends at 0 or 1; the first fifth of the iterations has no second term.
-Meanwhile QDrop (Wei et al. 2022) leaves a random half of the activations, and of the block's inputs, as they are.
+Meanwhile QDrop (Wei et al. 2022) leaves a random half of the activations, and of the block's inputs, as they are, and
+learns the activations' Δ, too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from steersman.diffusion.ptq4dm.layers import Call, QuantisedLayer
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention", "TimestepEmbedding", "FeedForward")
 """What is reconstructed as one; layers that are in none of these are blocks of their own."""
 ITEMS, BATCH = 256, 32
-RATE, WEIGHT, BETA, WARMUP = 1e-3, 0.01, (20.0, 2.0), 0.2
+RATE, STEP_RATE, WEIGHT, BETA, WARMUP = 1e-3, 4e-5, 0.01, (20.0, 2.0), 0.2
 
 
 def soft(V: Tensor) -> Tensor:
@@ -38,9 +39,9 @@ def soft(V: Tensor) -> Tensor:
 
 
 def beta_at(progress: float) -> float:
-    """β after ``progress`` of the iterations that follow the warm-up, falling by a cosine."""
+    """β after ``progress`` of the iterations that follow the warm-up, falling evenly."""
     high, low = BETA
-    return low + 0.5 * (high - low) * (1 + math.cos(progress * math.pi))
+    return low + (high - low) * max(1 - progress, 0.0)
 
 
 class _Rounding(nn.Module):
@@ -141,44 +142,53 @@ def _learn(
     qdrop: float,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """The block's mean squared error before and after."""
+    """The block's mean squared error before and after; what was there before stays if it was better."""
     target = exact[2]
     count = len(target)
     roundings = [_Rounding(layer) for layer in layers]
-    optimizer = torch.optim.Adam([r.V for r in roundings], lr=RATE)
+    activations = [layer.activation for layer in layers if layer.activation is not None]
 
     def error() -> float:
         with torch.no_grad():
             return float(F.mse_loss(_out(block(*inputs[0], **inputs[1])), target))
 
     before, starts = error(), [layer.integers for layer in layers]
-    for step in range(iterations):
+    ranges = [dict(act.ranges) for act in activations]
+    steps = [step for act in activations if (step := act.learn()) is not None]
+    groups: list[dict[str, Any]] = [{"params": [r.V for r in roundings], "lr": RATE}]
+    optimizer = torch.optim.Adam([*groups, {"params": steps, "lr": STEP_RATE}] if steps else groups)
+    for act in activations:
+        act.dropped = qdrop
+    for i in range(iterations):
         index = torch.randint(count, (min(BATCH, count),), generator=generator).to(target.device)
         for layer, rounding in zip(layers, roundings, strict=True):
             layer.weight = layer.dequantised(rounding.integers(soft(rounding.V)))
-            if layer.activation is not None:
-                layer.activation.dropped = qdrop
         positional = _mixed(exact[0], inputs[0], index, count, qdrop)
         named = _mixed(exact[1], inputs[1], index, count, qdrop)
         with torch.enable_grad():
             y = _out(block(*positional, **named))
             # Per item, summed over what an item has, as in BRECQ.
             loss = (y - target[index]).square().flatten(1).sum(1).mean()
-            if step >= WARMUP * iterations:
-                β = beta_at((step / iterations - WARMUP) / (1 - WARMUP))
+            if i >= WARMUP * iterations:
+                β = beta_at((i / iterations - WARMUP) / (1 - WARMUP))
                 for rounding in roundings:
                     loss = loss + WEIGHT * (1 - (2 * soft(rounding.V) - 1).abs().pow(β)).sum()
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
+        if len(optimizer.param_groups) > 1:
+            optimizer.param_groups[1]["lr"] = STEP_RATE * 0.5 * (1 + math.cos(math.pi * (i + 1) / iterations))
+    for act in activations:
+        act.dropped = None
+        act.learnt()
     for layer, rounding in zip(layers, roundings, strict=True):
-        if layer.activation is not None:
-            layer.activation.dropped = None
         layer.set_integers(rounding.integers((soft(rounding.V.detach()) >= 0.5).float()).to(torch.int8))
     after = error()
     if after > before:  # too few iterations: rounding to nearest was better
         for layer, integers in zip(layers, starts, strict=True):
             layer.set_integers(integers)  # type: ignore[arg-type]
+        for act, own in zip(activations, ranges, strict=True):
+            act.ranges = own
         after = before
     return before, after
 

@@ -525,8 +525,10 @@ def first_order(process: Process, x: Tensor, pred: Prediction, t: float, s: floa
 
 
 def transfer(process: Process, x: Tensor, eps: Tensor, t: float, s: float) -> Tensor:
-    """phi(x, eps, t, s) = a x - b eps, see :meth:`Process.transfer`."""
+    """phi(x, eps, t, s) = a x - b eps, see :meth:`Process.transfer`; x itself between equal abar, whatever eps is."""
     a, b = process.transfer(t, s)
+    if a == 1.0 and b == 0.0:
+        return x
     return torch.add(x * a, eps, alpha=-b)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 
 import diffusers
 import numpy as np
@@ -13,14 +15,23 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from steersman.diffusion import ClassConditionalPipeline, DDIMScheduler
+from steersman.diffusion import ClassConditionalPipeline, DDIMScheduler, DPMSolverPPScheduler
 from steersman.diffusion.adaptive_guidance import (
     AdaptiveGuidance,
+    Chain,
     GuidancePolicy,
     LinearAdaptiveGuidance,
     Regression,
+    apply,
+    best_within,
+    calibrate,
+    candidates,
+    cut_steps,
+    excess,
     pattern_modes,
+    search_policy,
     similarity,
+    soft_loss,
 )
 from steersman.diffusion.adaptive_guidance.linear import _Recorder
 from steersman.diffusion.adaptive_guidance.trajectories import Runs
@@ -62,7 +73,10 @@ class Gaussian(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 def toy(size: int = 4, kind: str = "epsilon", scheduler=DDIMScheduler) -> ClassConditionalPipeline:
     net = Gaussian(sample_size=size, prediction_type=kind)
-    pipe = ClassConditionalPipeline(net, scheduler(prediction_type=kind, **SD), null_label=1)
+    settings = {"prediction_type": kind, **SD}
+    known = inspect.signature(scheduler).parameters
+    made = scheduler(**{name: value for name, value in settings.items() if name in known})
+    pipe = ClassConditionalPipeline(net, made, null_label=1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -89,9 +103,13 @@ def draw(pipe, latents, labels=0, scale=3.0, steps=8, **more) -> torch.Tensor:
 
 def counted(pipe) -> list[int]:
     rows: list[int] = []
-    pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["sample"])), with_kwargs=True
-    )
+    forward = pipe.unet.forward
+
+    def spied(*args, **kwargs):
+        rows.append(len(args[0] if args else kwargs["sample"]))
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = spied  # behind all hooks
     return rows
 
 
@@ -433,3 +451,448 @@ def test_feedback_regresses_on_the_patterns_own_trajectories(trained):
     ]
     assert errors[0][1] == pytest.approx(errors[1][1])  # both have seen the same until the first estimate
     assert bool((np.array(errors[1][2:]) < np.array(errors[0][2:])).all())
+
+
+# ------------------------------------------------------------------ policies and their search
+
+
+def test_a_policy_evaluates_what_it_says():
+    pipe = classes()
+    x, labels = noise(pipe, 3), [0, 1, 2]
+    rows = counted(pipe)
+    policy = GuidancePolicy([3.0, 1.0, 0.0, 6.0, 1.0, 0.0, 3.0, 1.0])
+    with policy.install(pipe):
+        found = draw(pipe, x, labels)
+    assert rows == [6, 3, 3, 6, 3, 3, 6, 3] and policy.cost == 11
+    assert policy.names == ["cfg(3)", "cond", "uncond", "cfg(6)", "cond", "uncond", "cfg(3)", "cond"]
+    wanted = x
+    with torch.no_grad():
+        pipe.scheduler.set_timesteps(8)
+        for scale, t in zip(policy.scales, pipe.scheduler.timesteps, strict=True):
+            cond, uncond = (
+                pipe.unet(wanted, t, class_labels=y).sample for y in (torch.tensor(labels), torch.full((3,), 3))
+            )
+            wanted = pipe.scheduler.step(uncond + scale * (cond - uncond), t, wanted).prev_sample
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    with GuidancePolicy([0.0] * 8).install(pipe):
+        found = draw(pipe, x, labels)
+    torch.testing.assert_close(found, draw(pipe, x, [3, 3, 3], scale=1.0), rtol=1e-5, atol=1e-5)
+
+
+def test_policies_of_fixed_cost():
+    assert GuidancePolicy.static_cut(3.0, 4, 2).scales == [3.0, 3.0, 1.0, 1.0]
+    assert GuidancePolicy.interval(3.0, 4, 1, 3).scales == [1.0, 3.0, 3.0, 1.0]
+    drawn = [GuidancePolicy.random(3.0, 10, 4, torch.Generator().manual_seed(i)) for i in range(3)]
+    assert {policy.cost for policy in drawn} == {14} and drawn[0].scales != drawn[1].scales
+
+
+def test_a_chain_with_plain_weights_is_the_pipelines_own_run():
+    pipe = toy()
+    pipe.unet.to(torch.float64)
+    chain = Chain(Runs(pipe, [0] * 3, 3.0, 6), range(3))
+    weights = torch.zeros(6, 4)
+    weights[:, 2] = 1.0
+    assert torch.equal(chain(torch.full((6,), 3.0)), chain.end)
+    assert float(soft_loss(chain, weights, [0.0, 1.0, 3.0, 6.0])) == 0.0
+    for policy in ([3.0, 1.0, 0.0, 3.0, 1.0, 1.0], [1.5] * 6):
+        with GuidancePolicy(policy).install(pipe):
+            wanted = Runs(pipe, [0] * 3, 2.0, 6)(range(3))
+        torch.testing.assert_close(chain(torch.tensor(policy)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_through_the_chain_are_finite_differences():
+    pipe = toy()
+    pipe.unet.to(torch.float64)
+    chain, options = Chain(Runs(pipe, [0] * 2, 3.0, 5), range(2)), [0.0, 1.0, 1.5, 3.0]
+    logits = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def loss(a):
+        p = a.softmax(1)
+        return soft_loss(chain, p, options) + 0.3 * excess(p, options, 6.0)
+
+    loss(logits).backward()
+    flat = logits.detach().flatten()
+    for k in range(flat.numel()):
+        up, down = flat.clone(), flat.clone()
+        up[k], down[k] = up[k] + 1e-4, down[k] - 1e-4
+        with torch.no_grad():
+            wanted = float(loss(up.view(5, 4)) - loss(down.view(5, 4))) / 2e-4
+        assert float(logits.grad.flatten()[k]) == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    # Through the scheduler alone it is another gradient.
+    chain.gradient, exact = "schedule", logits.grad.clone()
+    logits.grad = None
+    loss(logits).backward()
+    assert not torch.allclose(logits.grad, exact, rtol=0.05)
+
+
+def test_the_cost_term_is_the_calls_of_the_policy():
+    options = [0.0, 1.0, 3.0, 6.0]
+    chosen = torch.tensor([3, 1, 0, 2])
+    one_hot = torch.nn.functional.one_hot(chosen, 4).double()
+    policy = GuidancePolicy([options[i] for i in chosen])
+    assert float(excess(one_hot, options, 0.0)) == policy.cost == 6
+    assert float(excess(one_hot, options, 5.0)) == 1 and float(excess(one_hot, options, 7.0)) == 0
+
+
+def test_the_best_policy_within_a_budget_is_that_of_brute_force():
+    options, g = [0.0, 1.0, 3.0, 6.0], torch.Generator().manual_seed(0)
+    for budget in (4, 5, 6, 8):
+        logits = torch.randn(4, 4, generator=g, dtype=torch.float64)
+        policies = [p for p in product(range(4), repeat=4) if sum(1 + (o > 1) for o in p) <= budget]
+        best = max(policies, key=lambda p: sum(float(logits[i, o]) for i, o in enumerate(p)))
+        assert best_within(logits, options, budget) == [options[o] for o in best]
+
+
+def test_a_search_finds_a_policy_better_than_chance():
+    pipe = toy()
+    found = search_policy(
+        pipe, [0] * 8, scale=3.0, steps=5, budget=7, iterations=80, learning_rate=0.05, weights=(1.0,)
+    )
+    with found.guidance().install(pipe):
+        rows = counted(pipe)
+        draw(pipe, noise(pipe, 2), steps=5)
+    assert sum(rows) == 2 * found.cost <= 2 * 7
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(5))
+    chain = Chain(Runs(pipe, [0] * 8, 3.0, 5, seed=7), range(8))
+    chance = [GuidancePolicy.random(3.0, 5, 2, torch.Generator().manual_seed(i)).scales for i in range(10)]
+    with torch.no_grad():
+        losses = [float((chain(torch.tensor(p)) - chain.end).square().mean()) for p in [found.scales, *chance]]
+    assert losses[0] < np.median(losses[1:]) and found.loss < found.conditional_loss
+
+
+# ------------------------------------------------------------------ calibration
+
+
+def test_curves_say_what_a_threshold_costs(trained):
+    made = calibrate(trained, torch.arange(10), scale=3.0, steps=8, saving=0.2, batch=5)
+    assert made.curves.shape == (8, 10) and made.chosen.saving >= 0.2
+    assert made.chosen.psnr == max(candidate.psnr for candidate in made.tried)
+    guidance = made.guidance()
+    runs, calls = Runs(trained, torch.arange(10), 2.0, 8, batch=5), 0
+    with guidance.install(trained):
+        rows = counted(trained)
+    for part in runs:
+        runs(part, guidance)
+    calls = sum(rows)
+    assert 1 - calls / (2 * 8 * 10) == pytest.approx(made.chosen.saving)
+    assert {"threshold", "min_steps", "passed_first", "median_similarity_first"} <= made.report().keys()
+
+
+def test_candidates_are_the_largest_thresholds_that_save_enough():
+    curves = torch.rand(10, 30, generator=torch.Generator().manual_seed(0)).sqrt()
+    for saving in (0.1, 0.25, 0.4):
+        pairs = candidates(curves, saving)
+        assert len({m for _, m in pairs}) == len(pairs) > 1
+        for threshold, min_steps in pairs:
+            mean = cut_steps(curves, threshold, min_steps).double().mean()
+            above = curves[curves > threshold].min()  # the next threshold that cuts otherwise
+            assert mean <= 10 * (1 - 2 * saving) + 1e-9
+            assert cut_steps(curves, float(above), min_steps).double().mean() > 10 * (1 - 2 * saving) or min_steps > 1
+    assert cut_steps(torch.tensor([[1.0], [0.5], [0.9], [0.2]]), 0.8, 2).tolist() == [3]
+    assert cut_steps(torch.tensor([[0.1], [0.5], [0.2], [0.2]]), 0.8).tolist() == [4]
+
+
+def test_a_floor_of_likeness(trained):
+    made = calibrate(trained, torch.arange(10), scale=3.0, steps=8, psnr=30.0, batch=10)
+    assert made.chosen.psnr >= 30 and all(c.psnr < 30 for c in made.tried if c.saving > made.chosen.saving + 0.1)
+    made = calibrate(trained, torch.arange(4), scale=3.0, steps=6, psnr=99.0, batch=10)
+    assert made.chosen is None and made.guidance().off
+
+
+# ------------------------------------------------------------------ schedulers, hosts, files
+
+
+@pytest.mark.parametrize("kind", [DPMSolverPPScheduler, diffusers.DPMSolverMultistepScheduler])
+def test_a_first_order_step_after_the_cut(kind):
+    pipe = toy(scheduler=kind)
+    x = noise(pipe, 4)
+    seen: list = []
+    with GuidancePolicy.static_cut(3.0, 8, 4).install(pipe):
+        jump = draw(pipe, x, callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]) or {})
+    # -1 passes at once: all four are cut at step 4.
+    method = AdaptiveGuidance(3.0, -1, 4, first_order_after_cut=True)
+    states: list = []
+    with method.install(pipe):
+        smooth = draw(pipe, x, callback_on_step_end=lambda p, i, t, k: states.append(k["latents"]) or {})
+    for i in range(4):
+        torch.testing.assert_close(states[i], seen[i])
+    t, s = pipe.scheduler.timesteps[4:6]
+    first = DDIMScheduler(**SD)
+    first.set_timesteps(timesteps=[int(t), int(s)])
+    cond = pipe.unet(states[3], t, class_labels=torch.zeros(4, dtype=torch.long)).sample
+    torch.testing.assert_close(states[4], first.step(cond, t, states[3]).prev_sample, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen[4], states[4], atol=1e-3) and not torch.allclose(jump, smooth, atol=1e-3)
+
+
+def test_solvers_whose_history_is_unknown_are_refused():
+    pipe = toy(scheduler=diffusers.UniPCMultistepScheduler)
+    refused = pytest.raises(InputError, match=r"scheduler='UniPCMultistepScheduler' .* first_order_after_cut")
+    with AdaptiveGuidance(3.0, 0.9, first_order_after_cut=True).install(pipe), refused:
+        draw(pipe, noise(pipe, 2))
+
+
+def test_with_our_multistep_solver_and_a_list_of_generators(trained):
+    """A sample depends on its own generator and label alone, also where its neighbours are cut at other steps."""
+    pipe = ClassConditionalPipeline(trained.unet, DPMSolverPPScheduler.from_config(trained.scheduler.config), 10)
+    pipe.set_progress_bar_config(disable=True)
+    method, more = quiet(0.999, min_steps=4), {"guidance_scale": 2.0, "num_inference_steps": 8, "output_type": "latent"}
+
+    def run(rows):
+        return pipe(rows, generator=[torch.Generator().manual_seed(i) for i in rows], **more).images
+
+    with method.install(pipe):
+        whole, together = run(list(range(6))), method.guided_steps.tolist()
+        alone = [(run([i]), int(method.guided_steps)) for i in range(6)]
+    assert together == [n for _, n in alone] and len(set(together)) > 1
+    torch.testing.assert_close(whole, torch.cat([image for image, _ in alone]), rtol=1e-5, atol=1e-5)
+
+
+def test_image_to_image_of_stable_diffusion():
+    pipe = tiny.stable_diffusion()
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverPPScheduler.from_config(pipe.scheduler.config)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def run(scale, method=None):
+        more = {"strength": 0.5, "num_inference_steps": 8, "output_type": "latent", **tiny.EMBEDS}
+        generator = torch.Generator().manual_seed(0)
+        return pipe(image=image, guidance_scale=scale, generator=generator, **more).images
+
+    own = run(3.0)
+    with AdaptiveGuidance(3.0, "off").install(pipe):
+        assert torch.equal(run(7.5), own)
+    with AdaptiveGuidance(3.0, -1, min_steps=2).install(pipe) as method:
+        rows = counted(pipe)
+        assert not torch.equal(run(7.5), own)
+    assert rows == [2, 2, 1, 1] and method.guided_steps.tolist() == [2]
+
+
+@pytest.fixture(scope="module")
+def modular():
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from steersman.reference import scenes
+
+    tokenizer = scenes.pipeline().tokenizer
+    torch.manual_seed(0)
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    source = tiny.sdxl()
+    pipe = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
+    pipe.update_components(
+        unet=source.unet, vae=source.vae, scheduler=DDIMScheduler(**SD), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder=text, text_encoder_2=text,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def modular_draw(pipe, guider, rows=2, steps=6) -> torch.Tensor:
+    pipe.update_components(guider=guider)
+    latents = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    prompts = ["a cat", "a small red circle", "x"][:rows]
+    return pipe(prompt=prompts, latents=latents, num_inference_steps=steps, output="images", output_type="latent")
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut after the first step")
+def test_it_is_a_guider_of_modular_pipelines(modular, tmp_path):
+    own = modular_draw(modular, diffusers.ClassifierFreeGuidance(guidance_scale=3.0))
+    assert torch.equal(modular_draw(modular, AdaptiveGuidance(3.0, "off")), own)
+    method = AdaptiveGuidance(3.0, -1, min_steps=2).bind(modular.scheduler)
+    rows = counted(modular)
+    cut = modular_draw(modular, method)
+    assert rows == [2] * 8  # two calls in each of two steps, then one
+    assert torch.equal(modular_draw(modular, method), cut)  # one guider, used again
+    torch.testing.assert_close(modular_draw(modular, GuidancePolicy.static_cut(3.0, 6, 2)), cut)
+    # Batches are called whole, but each row is cut by itself.
+    curves = AdaptiveGuidance(3.0, 0.999999, min_steps=6).bind(modular.scheduler)
+    modular_draw(modular, AdaptiveGuidance(3.0, 0.99999999).bind(modular.scheduler))
+    method.save_pretrained(tmp_path)
+    again = AdaptiveGuidance.from_pretrained(tmp_path).bind(modular.scheduler)
+    assert torch.equal(modular_draw(modular, again), cut)
+    rows.clear()
+    modular_draw(modular, GuidancePolicy([3.0, 0.0, 1.0, 3.0, 0.0, 1.0]))
+    assert rows == [2] * 8
+    del curves
+
+
+def test_linear_ag_is_saved_with_what_it_belongs_to(tmp_path):
+    pipe = toy()
+    made = LinearAdaptiveGuidance.fit(pipe, [0] * 4, scale=3.0, steps=6, batch=4)
+    made.save_pretrained(tmp_path)
+    again = AdaptiveGuidance.from_pretrained(tmp_path)
+    assert isinstance(again, LinearAdaptiveGuidance) and again.modes == made.modes
+    x = noise(pipe, 2)
+    with made.install(pipe):
+        found = draw(pipe, x, steps=6)
+    with again.install(pipe):
+        assert torch.equal(draw(pipe, x, steps=6), found)
+        with pytest.raises(InputError, match=r"calls of the run=8 .* 6, which the coefficients"):
+            draw(pipe, x, steps=8)
+    pipe.scheduler = DPMSolverPPScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(InputError, match=r"scheduler='DPMSolverPPScheduler' .* DDIMScheduler"):
+        again.install(pipe)
+    pipe.scheduler = DDIMScheduler(**SD | {"beta_end": 0.02})
+    with pytest.raises(InputError, match=r"beta_end of the scheduler=0.02 .* 0.012"):
+        again.install(pipe)
+    other = classes()
+    other.scheduler = DDIMScheduler(**SD)
+    with pytest.raises(InputError, match=r"network='UNet2DModel' .* were fitted to"):
+        again.install(other)
+    again.scale = 4.0
+    with again.install(toy()) as method, pytest.raises(InputError, match=r"scale=4.0 .* 3, which"):
+        draw(method._pipe, x, steps=6)
+    with pytest.raises(InputError, match=r"coefficients=None .* fitted first"):
+        LinearAdaptiveGuidance(3.0).install(toy())
+    (tmp_path / "coefficients.safetensors").unlink()
+    with pytest.raises(InputError, match="coefficients that can be read"):
+        AdaptiveGuidance.from_pretrained(tmp_path)
+
+
+def test_linear_ag_with_a_threshold_cuts_as_well(trained):
+    made = LinearAdaptiveGuidance.fit(trained, torch.arange(10), scale=3.0, steps=8, pattern="alternate", batch=10)
+    labels, x = torch.arange(6), noise(trained, 6)
+    made.threshold, made.min_steps = 0.9985, 4
+    with made.install(trained):
+        rows = counted(trained)
+        whole, together = draw(trained, x, labels), made.guided_steps.tolist()
+        calls = sum(rows)
+        alone = [(draw(trained, x[i : i + 1], labels[i : i + 1]), int(made.guided_steps)) for i in range(6)]
+    assert together == [n for _, n in alone] and len(set(together)) > 1
+    assert calls == 6 * 8 + sum(together)
+    torch.testing.assert_close(whole, torch.cat([image for image, _ in alone]), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_ag_for_other_outputs_than_noise():
+    found = []
+    for kind in ("epsilon", "v_prediction", "sample"):
+        pipe = toy(kind=kind)
+        pipe.unet.to(torch.float64)
+        made = LinearAdaptiveGuidance.fit(pipe, [0] * 4, scale=3.0, steps=6, batch=4)
+        with made.install(pipe):
+            found.append(draw(pipe, noise(pipe, 2).double(), steps=6))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+
+
+def test_saved_with_its_pipeline(tmp_path):
+    from steersman.diffusion import load_steered, save_steered
+
+    pipe = classes()
+    x = noise(pipe, 2)
+    with AdaptiveGuidance(3.0, -1, 3).install(pipe):
+        found = draw(pipe, x)
+        save_steered(pipe, tmp_path)
+    assert torch.equal(draw(load_steered(tmp_path), x), found)
+
+
+# ------------------------------------------------------------------ apply
+
+
+@pytest.mark.parametrize("mode", ["calibrate", "linear", "search"])
+def test_apply_makes_a_folder_that_installs(tmp_path, mode):
+    pipe = classes()
+    pipe.save_pretrained(tmp_path / "pipe")
+    settings = {"scale": 3.0, "steps": 5, "count": 6, "iterations": 3}
+    facts = apply(tmp_path / "pipe", None, tmp_path / "made", seed=1, mode=mode, **settings)
+    assert facts
+    made = AdaptiveGuidance.from_pretrained(tmp_path / "made")
+    with made.install(pipe):
+        draw(pipe, noise(pipe, 2), steps=5)
+    if mode != "search":
+        assert AdaptiveGuidance.from_pretrained(tmp_path / "made", threshold=0.5, min_steps=2).min_steps == 2
+    else:
+        with pytest.raises(InputError, match=r"threshold=0.5 .* a policy has no test"):
+            AdaptiveGuidance.from_pretrained(tmp_path / "made", threshold=0.5)
+
+
+def test_apply_reads_prompts(tmp_path):
+    from steersman.diffusion.adaptive_guidance.recipe import read_asked
+    from steersman.reference import scenes
+
+    pipe = scenes.pipeline()
+    (tmp_path / "prompts.txt").write_text("a small red circle\n\na large cross\n")
+    asked = read_asked(pipe, tmp_path / "prompts.txt", 5, 0)
+    assert len(asked) == 5 and set(asked[:2]) == {"a small red circle", "a large cross"}
+    np.savez(tmp_path / "images.npz", images=np.zeros((1, 2, 2, 3)), captions=np.array(["a shape"]))
+    assert read_asked(pipe, tmp_path / "images.npz", 2, 0) == ["a shape", "a shape"]
+    for bad, sentence in (
+        (None, "one a line"),
+        (tmp_path / "no.txt", "can be read"),
+        (tmp_path / "empty.txt", "at least one"),
+    ):
+        (tmp_path / "empty.txt").write_text("\n")
+        with pytest.raises(InputError, match=sentence):
+            read_asked(pipe, bad, 2, 0)
+    with pytest.raises(InputError, match="others have no guidance"):
+        read_asked(tiny.unconditional(), None, 2, 0)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"scale": 1.0}, "scale=1.0 .* nothing|scale=1.0 .* above 1"),
+        ({"scale": "3"}, "scale='3'"),
+        ({"threshold": 1.5}, "threshold=1.5 .* from -1 to 1, or off"),
+        ({"threshold": 99.1}, "threshold=99.1"),
+        ({"threshold": "on"}, "threshold='on'"),
+        ({"threshold": math.nan}, "threshold=nan"),
+        ({"min_steps": 0}, "min_steps=0 .* from 1"),
+        ({"min_steps": 2.0}, "min_steps=2.0"),
+    ],
+)
+def test_bad_knobs(knobs, sentence):
+    with pytest.raises(InputError, match=sentence):
+        AdaptiveGuidance(**knobs)
+
+
+def test_bad_arguments(trained):
+    for call, sentence in (
+        (lambda: GuidancePolicy([]), "scales=.* one for each call"),
+        (lambda: GuidancePolicy([math.inf]), "scales="),
+        (lambda: GuidancePolicy.interval(3.0, 4, 3, 2), "start and stop"),
+        (lambda: GuidancePolicy.random(3.0, 4, 5), "guided_steps=5"),
+        (lambda: calibrate(trained, [0], saving=0.5), "saving=0.5"),
+        (lambda: calibrate(trained, [0], psnr=-1), "psnr=-1"),
+        (lambda: calibrate(trained, []), "at least one prompt or label"),
+        (lambda: search_policy(trained, [0], steps=4, budget=9), "budget=9 .* from 4 to 8"),
+        (lambda: search_policy(trained, [0], options=[3.0, 5.0]), "options="),
+        (lambda: search_policy(trained, [0], gradient="none"), "gradient='none'"),
+        (lambda: LinearAdaptiveGuidance(3.0, "alternating"), "did you mean 'alternate'"),
+        (lambda: LinearAdaptiveGuidance.fit(trained, [0], ridge=-1), "ridge=-1"),
+        (lambda: LinearAdaptiveGuidance.fit(trained, [0], window=0), "window=0"),
+        (lambda: Runs(tiny.unconditional(), [0], 2.0, 4), "called with a prompt or labels"),
+        (lambda: AdaptiveGuidance.from_pretrained("/nonexistent"), "guider_config.json"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            call()
+
+
+def test_pipelines_without_two_branches_are_refused():
+    pipe = classes()
+    with quiet().install(pipe), pytest.raises(InputError, match=r"guidance_scale=1.0 .* above 1"):
+        draw(pipe, noise(pipe, 2), scale=1.0)
+    with GuidancePolicy([3.0] * 4).install(pipe), pytest.raises(InputError, match=r"calls of the run=8 .* 4, as many"):
+        draw(pipe, noise(pipe, 2))
+    pipe = toy(scheduler=diffusers.DDPMScheduler)
+    with pytest.raises(InputError, match=r"scheduler='DDPMScheduler' .* a deterministic one"):
+        search_policy(pipe, [0], scale=3.0, steps=4)
+
+
+def test_erratum_cosines_of_equal_vectors_exceed_one():
+    x = torch.randn(200, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert bool((similarity(x, x) > 1).any())  # so a threshold of 1 would cut
+    pipe = toy()
+    pipe.unet.means = pipe.unet.means[1:].expand(2, -1, -1, -1)  # both branches say the same
+    with quiet(1.0).install(pipe) as method:
+        draw(pipe, noise(pipe, 50))
+    assert set(method.guided_steps.tolist()) == {8}

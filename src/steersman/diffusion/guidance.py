@@ -260,6 +260,8 @@ class Guidance(Installable, BaseGuidance):
         pred = self.guide(pred_cond, pred_uncond, moment) if self._enabled else pred_cond
         if self.pairs and pred_uncond is not None and isinstance(self._scheduler, SlotScheduler):
             self._scheduler.uncond_output = pred_uncond
+        # Between runs pipelines ask for the number of conditions, to know whether to prepare a negative prompt.
+        self._needed, self._alone = True, False
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     # -------------------------------------------------------------- classic pipelines

@@ -270,9 +270,7 @@ class GuidancePolicy(Guidance):
 
     def begin(self, moment: Moment) -> None:
         if moment.n != len(self.scales):
-            raise InputError(
-                "num_inference_steps", f"{moment.n} calls", f"{len(self.scales)} calls, as this policy has"
-            )
+            raise InputError("calls of the run", moment.n, f"{len(self.scales)}, as many as this policy has scales")
 
     def needs_uncond(self, moment: Moment) -> bool:
         return self.scales[moment.i] != 1.0

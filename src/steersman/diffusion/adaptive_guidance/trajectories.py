@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class Runs:
     def __call__(
         self, rows: range, guidance: Guidance | None = None, output_type: str = "latent", **more: Any
     ) -> Tensor:
-        """What the pipeline makes of the prompts ``rows``, under a guidance or its own; on the CPU, in float32."""
+        """What the pipeline makes of the prompts ``rows``, under a guidance or its own; on the CPU, in float32
+        or better."""
         asked = [self.asked[i] for i in rows]
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in rows]
         given: Any = torch.tensor(asked) if self.name == "labels" else asked
@@ -80,8 +81,8 @@ class Runs:
                 output_type=output_type,
                 **(self.arguments | more),
             )
-        images = result.images
-        return cast(Tensor, torch.as_tensor(images).detach().float().cpu())
+        images = torch.as_tensor(result.images).detach().cpu()
+        return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def images(self, guidance: Guidance | None = None, log: Callable[[str], None] | None = None) -> Tensor:
         """All of them, decoded, in [0, 1]."""

@@ -173,6 +173,8 @@ def adams_bashforth(times: tuple[float, ...], s: float) -> tuple[float, ...]:
     h = t - s
     if all(abs(u - t - j * h) <= 1e-9 * h for j, u in enumerate(times)):
         return ADAMS_BASHFORTH[len(times)]
+    if h < 1e-9 * (times[-1] - t):
+        return (1.0, *[0.0] * (len(times) - 1))  # the limit of a step that is nothing beside its history
     u = (np.array(times) - t) / (s - t)
     powers = np.arange(len(times))
     return tuple(np.linalg.solve(u[None, :] ** powers[:, None], 1.0 / (powers + 1)).tolist())

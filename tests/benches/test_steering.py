@@ -158,6 +158,13 @@ def test_a_user_s_pipelines(world):
     assert {row.status for row in comparison.rows} == {"ok"}
     items = comparison.select("best-of-n")[0].per_item["best_reward"]
     assert items[0] - items[1] == pytest.approx(11, abs=1)
+    Path("prompts.jsonl").write_text('{"prompt": "a dog", "tag": "one"}\n')
+    given = {"reward": "mine.py:named", "prompts": "prompts.jsonl", "guidance": 2.0, "runs": 2}
+    items = run(["base"], "mine.py:stable_diffusion", **given).rows[0].per_item["reward"]
+    assert items == pytest.approx([5.5, 5.5], abs=0.5)
+    Path("prompts.jsonl").write_text('["a dog"]')
+    with pytest.raises(InputError, match="jsonl"):
+        run(["base"], "mine.py:stable_diffusion", **given)
     comparison = run(["base", "fk-steering"], "gaussians", reward="mine.py:upper", scale=3.0)
     assert {row.status for row in comparison.rows} == {"ok"}
     assert "sliced_wasserstein" not in comparison.select("base")[0].figures

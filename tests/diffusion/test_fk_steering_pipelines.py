@@ -564,7 +564,7 @@ def test_on_top_of_cfg_plus_plus(sd, scheduler, settings, gradient):
         return call(sd, generator=[torch.Generator().manual_seed(7) for _ in range(K)], latents=latents)
 
     plain = run()
-    with FKSteering(Once(2), scale=1.0, schedule=(0.42,), gradient=gradient).install(sd) as steering:
+    with FKSteering(Once(2), scale=1.0, schedule=(0.42,), gradient=gradient).install(sd):
         if gradient and scheduler is DPMSolver2SAncestralCFGPPScheduler:
             with pytest.raises(InputError, match="one network call a step"):
                 run()

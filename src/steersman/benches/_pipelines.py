@@ -455,6 +455,11 @@ def prompts_in(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("prompts", path, f"a text file that can be read ({error})") from None
     prompts = [line for line in lines if line]
+    if Path(path).suffix == ".jsonl":  # as GenEval's metadata: {"prompt": "...", ...}
+        try:
+            prompts = [str(json.loads(line)["prompt"]) for line in prompts]
+        except (ValueError, KeyError, TypeError):
+            raise InputError("prompts", path, 'a .jsonl file of {"prompt": text} lines') from None
     if not prompts:
         raise InputError("prompts", path, "a text file with at least one prompt")
     return prompts

@@ -74,7 +74,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
             "steering",
             (BASE, BEST, IS, FK, MAX),
             "scenes",
-            {"runs": 12, "calls": [25], "particles": [2, 4, 8], "scale": [1.0, 5.0], "guidance": 1.0},
+            {"runs": 12, "calls": [25], "particles": [2, 4, 8], "scale": 5.0, "guidance": 1.0},
         )
     return found
 

@@ -271,6 +271,7 @@ class _Run:
 
     def __init__(self, steering: FKSteering, pipe: Any, scheduler: Any) -> None:
         self.steering, self.pipe, self.scheduler = steering, pipe, scheduler
+        self.signature = inspect.signature(scheduler.step)
         self.times: Any = None  # the scheduler's tensor, a new one in each run
         self.i = self.n = 0
         self.scored: frozenset[int] = frozenset()
@@ -340,7 +341,7 @@ class _Run:
     # -------------------------------------------------------------- a step
 
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        given = self.signature.bind(*args, **kwargs).arguments
         wants = kwargs.pop("return_dict", True)
         if self.scheduler.timesteps is not self.times or self.i >= self.n:
             self._begin(given)

@@ -280,7 +280,9 @@ def test_items_are_states_of_the_trajectory_at_their_own_time(scale):
         assert float(found.timesteps[i]) == float(t) == found.schedule[j]
         assert torch.equal(found.items[i]["class_labels"], told["class_labels"][row : row + 1])
     asked = {int(item["class_labels"]) for item in found.items}
-    assert asked == ({0, 1, 2} if scale is None else {0, 1, 2, 3})
+    assert asked == {0, 1, 2, 3}
+    null = sum(int(item["class_labels"]) == 3 for item in found.items)
+    assert null == (10 if scale is None else 20)
 
 
 def test_erratum_the_published_pairing_mirrors_states_and_times():

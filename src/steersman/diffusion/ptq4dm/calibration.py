@@ -177,8 +177,9 @@ def collect(
 ) -> CalibrationSet:
     """Run the pipeline in full precision from noise, and keep each item's state at its time.
 
-    Conditions are taken in turn; under guidance, items alternate between the conditional and the unconditional
-    branch. Items of images have the condition of their image, if there are as many conditions as images.
+    Conditions are taken in turn (the null label too, if no guidance is given); under guidance, items alternate
+    between the conditional and the unconditional branch. Items of images have the condition of their image, if there
+    are as many conditions as images.
 
     Args:
         pipe: a diffusers pipeline, with the scheduler that it is to be used with.
@@ -200,7 +201,7 @@ def collect(
         if latents is None or not len(latents):
             raise InputError("images", None, f"given, for states={calibration.states}")
         chosen = torch.randint(len(latents), (n,), generator=generator)
-    conditions = _conditions(pipe, n, labels, prompts, chosen, 0 if latents is None else len(latents))
+    conditions = _conditions(pipe, n, labels, prompts, chosen, 0 if latents is None else len(latents), guidance)
     sampled = calibration.states == "noise_backward_t"
 
     def begin(own: Sequence[int], see: Callable[[int, dict[str, Any]], bool]) -> Tensor | None:
@@ -302,6 +303,7 @@ def _conditions(
     prompts: Sequence[str] | None,
     chosen: Tensor | None,
     images: int,
+    guidance: float | None,
 ) -> dict[str, list[Any]]:
     """What each item is asked to be, by the name of the pipeline's argument."""
     taken = inspect.signature(type(pipe).__call__).parameters
@@ -312,11 +314,13 @@ def _conditions(
         name, values = "prompt", prompts
     elif "labels" in taken or "class_labels" in taken:
         name = "labels" if "labels" in taken else "class_labels"
-        classes, null = network(pipe).config.get("num_class_embeds"), pipe.config.get("null_label")  # type: ignore[union-attr,operator]
-        classes = classes if name == "labels" else network(pipe).config.get("num_embeds_ada_norm")  # type: ignore[union-attr,operator]
+        config: Any = network(pipe).config
+        classes = config.get("num_class_embeds" if name == "labels" else "num_embeds_ada_norm")
         if not classes:
             return {}
-        values = labels if labels is not None else range(classes - (null is not None))
+        # Without guidance the null label is one of the classes, so that its branch isn't new to the ranges.
+        left_out = pipe.config.get("null_label") if guidance is not None else None
+        values = labels if labels is not None else [y for y in range(classes) if y != left_out]
     else:
         return {}
     if chosen is not None and len(values) == images:

@@ -197,9 +197,10 @@ def test_pairs_and_images_of_the_users_and_what_was_made_of_them(world):
 
 def test_paths_of_networks_that_are_told_levels(world):
     both = "rddm:prediction_type=res_noise:nets=2:condition=levels"
-    c = run([both, f"{both}:path=residual_first", f"{both}:path=noise_first"], grid={"calls": [4]})
+    c = run([both, f"{both}:path=residual_first", f"{both}:path=noise_first"], grid={"calls": [1, 4]})
     assert not c.failed, [r.error for r in c.failed]
-    assert len({r.figures["psnr"] for r in c.rows}) == 3
+    assert len({r.figures["psnr"] for r in c.select(calls=4)}) == 3
+    assert [r.status for r in c.select(calls=1, status=None)] == ["ok", "inapplicable", "inapplicable"]
 
 
 def test_a_contender_that_does_not_fit_the_task_is_inapplicable(world):

@@ -620,6 +620,8 @@ def _pipeline(folder: Path, settings: Mapping[str, Any]) -> Restore:
     sees_mask = isinstance(pipe, RDDMRestorationPipeline) and pipe.networks().mask_channels > 0
 
     def restore(x: Tensor, mask: Tensor | None, calls: int, g: torch.Generator) -> Tensor:
+        if calls < 2 and extra.get("path", "simultaneous") != "simultaneous":
+            raise Inapplicable(f"a path of two legs takes at least 2 calls, not {calls}")
         given = extra | ({"mask": mask} if sees_mask else {})
         return pipe(x, num_inference_steps=calls, generator=g, output_type="pt", **given).images.cpu()
 

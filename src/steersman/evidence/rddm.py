@@ -208,7 +208,7 @@ def as_good(c: Comparison) -> Effects:
     return Effects(np.log(theirs / ours))
 
 
-SOURCE = "Tables 3 to 6: few sampling steps"
+SOURCE = "restoration: few sampling steps"
 CLAIMS = [
     Claim(
         "few-steps",
@@ -288,8 +288,8 @@ CLAIMS = [
     ),
     Claim(
         "both-in-holes",
-        "In inpainting, the energy score of SM-Res-N of equal parameters at 50 calls is below that of SM-Res at 50 calls.",
-        "section 4.4: which prediction for which task",
+        "In inpainting at 50 calls, the energy score of SM-Res-N of equal parameters is below that of SM-Res.",
+        "selection of the prediction for a task",
         "restoration",
         above("energy_score", BOTH, RES, 50, 50, -1, "inpainting"),
         0.0,
@@ -299,7 +299,7 @@ CLAIMS = [
     Claim(
         "path",
         "In rain at 10 calls, the residual first and then the noise has a PSNR at most 1 dB below both together.",
-        "section 4.5: partially path-independent generation",
+        "partially path-independent generation",
         "restoration",
         above("psnr", RESIDUAL_FIRST, BOTH, 10, 10),
         -1.0,
@@ -309,7 +309,7 @@ CLAIMS = [
     Claim(
         "conversion",
         "On digits, samples of the converted scheduler differ from diffusers' DDIM by less than 1e-5 (relative).",
-        "section 4.3: sampling coincides with DDIM",
+        "coefficient transformation: sampling coincides with DDIM",
         "equality",
         same_samples,
         0.0,
@@ -318,7 +318,7 @@ CLAIMS = [
     Claim(
         "readjusted",
         "On digits at 10 calls, the path P(1-x, 0.3) has a Frechet distance at most 5% above DDIM's.",
-        "section 5: readjusting the α schedule",
+        "analysis of readjusting coefficient schedules",
         "readjusted",
         as_good,
         -0.05,

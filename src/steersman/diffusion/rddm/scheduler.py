@@ -61,7 +61,7 @@ class RDDMSchedulerOutput(BaseOutput):
 
 
 class RDDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """Residual denoising diffusion (Liu et al. 2024, arXiv 2308.13712, eq. 7 to 14), see the module's equations.
+    """Residual denoising diffusion (Liu et al. 2024, arXiv 2308.13712), see the module's equations.
 
     A new one is for a network trained by :func:`~steersman.diffusion.rddm.train_rddm`; one for a network of DDIM (or
     DDPM, PNDM, ...) is ``RDDMScheduler.from_ddim(pipe.scheduler)``, or ``from_config`` of its configuration.

@@ -34,6 +34,7 @@ from steersman.diffusion.solver import LinearVP
 from steersman.errors import InputError, TrialError
 from steersman.reference import gaussians_model
 from tests.diffusion import tiny
+from tests.diffusion.test_guidance import modular  # noqa: F401
 
 K = 4
 
@@ -581,6 +582,18 @@ def test_unconditional_pipelines():
         )
     assert out.images.shape == (2 * K, 8, 8, 1)
     assert steering.report.log_z.shape == (2,)
+
+
+@pytest.mark.filterwarnings("ignore:FKSteering")
+def test_modular_pipelines(modular):  # noqa: F811
+    own = modular.scheduler
+    modular.update_components(scheduler=diffusers.EulerAncestralDiscreteScheduler.from_config(own.config))
+    run = {"prompt": ["a cat", "a dog"], "num_images_per_prompt": K, "num_inference_steps": 4, "output": "images"}
+    with FKSteering(brightness, scale=300.0, returns="best").install(modular) as steering:
+        images = modular(**run, output_type="pt", generator=torch.Generator().manual_seed(0))
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.allclose(brightness(images).double(), steering.report.rewards, atol=1e-5)
+    modular.update_components(scheduler=own)
 
 
 # ------------------------------------------------------------------ bad input

@@ -370,7 +370,7 @@ class _Run:
     def _look_for_noise(self, before: list[Tensor], given: dict[str, Any], i: int) -> None:
         """Refuse a sampler that has drawn nothing when its first step is done."""
         state = _noise_state(given.get("generator"), given["sample"])
-        changed = any(not torch.equal(a, b) for a, b in zip(before, state, strict=True))
+        changed = not state or any(not torch.equal(a, b) for a, b in zip(before, state, strict=True))
         self.noisy = changed or getattr(self.scheduler, "noise_sampler", None) is not None
         done = i + 1 >= max(int(getattr(self.scheduler, "order", 1)), 1) and not self._inside_next()
         if self.noisy or not done or self.n == 1 or self.steering.core.potential == "best-of-n":
@@ -629,8 +629,12 @@ def _spread(prompts: Sequence[str] | None, rows: int) -> list[str] | None:
 
 
 def _generators(generator: Any, like: Tensor) -> Iterator[torch.Generator]:
+    """Where a step draws its noise from; nothing where that can't be looked at (other devices' own generators)."""
     if generator is None:
-        yield torch.cuda.default_generators[like.device.index or 0] if like.is_cuda else torch.default_generator
+        if like.is_cuda:
+            yield torch.cuda.default_generators[like.device.index or 0]
+        elif like.device.type == "cpu":
+            yield torch.default_generator
     else:
         yield from [generator] if isinstance(generator, torch.Generator) else generator
 
@@ -641,7 +645,7 @@ def _noise_state(generator: Any, like: Tensor) -> list[Tensor]:
 
 def _drawn_seed(generator: Any, like: Tensor) -> int:
     """A seed that depends on where the generator is, without moving it."""
-    one = next(_generators(generator, like))
+    one = next(_generators(generator, like), torch.default_generator)
     twin = torch.Generator(one.device)
     twin.set_state(one.get_state())
     return int(torch.randint(2**62, (1,), generator=twin, device=one.device))

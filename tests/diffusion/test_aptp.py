@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from steersman import catalog
 from steersman.diffusion import PNDMScheduler, StockGuidance
 from steersman.diffusion.aptp import (
     APTPConfig,
@@ -722,6 +723,14 @@ def test_apply_to_a_folder_of_images_with_captions(tmp_path, pipe):
     npz = tmp_path / "data.npz"
     np.savez(npz, images=((images + 1) / 2).permute(0, 2, 3, 1).numpy(), captions=np.array(captions))
     torch.testing.assert_close(read_captioned(npz)[0], images, atol=1e-5, rtol=0)
+
+
+def test_the_card_s_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    code = catalog.card("aptp").text.partition("```python\n")[2].partition("```")[0]
+    exec(compile(code, "cards/aptp.md", "exec"), names)
+    assert len(names["images"]) == 2 and (tmp_path / "my-experts" / "router.safetensors").is_file()
 
 
 # ------------------------------------------------------------------ bad input

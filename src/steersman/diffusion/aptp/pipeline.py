@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from steersman.diffusion.aptp.captions import Embedding, PooledText, checked_captions, embed_all
 from steersman.diffusion.aptp.gates import GateLayout
 from steersman.diffusion.aptp.routing import Router
-from steersman.diffusion.aptp.surgery import load_pruned
+from steersman.diffusion.aptp.surgery import load_pruned, moved
 from steersman.diffusion.aptp.training import RECORD, ROUTER
 from steersman.errors import InputError
 
@@ -156,7 +156,7 @@ class PromptRoutedPipeline:
         if embedding is None and not own:
             raise InputError("embedding", None, "given: these experts were made with embeddings of your own")
         unet = pipe.unet
-        experts = {k: load_pruned(folder / f"expert_{k}")[0].to(unet.device, unet.dtype) for k in numbers}
+        experts = {k: moved(load_pruned(folder / f"expert_{k}")[0], unet) for k in numbers}
         return cls(
             pipe,
             experts,

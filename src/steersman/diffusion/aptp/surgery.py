@@ -170,6 +170,13 @@ def save_pruned(unet: Any, layout: GateLayout, gates: Tensor, folder: str | Path
     (folder / KEPT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def moved(unet: Any, like: Any) -> Any:
+    """The network on the device and of the type of a tensor or another network."""
+    if unet.dtype != like.dtype:  # diffusers warns of casts, also of those that change nothing
+        unet = unet.to(like.dtype)
+    return unet.to(like.device)
+
+
 def load_pruned(folder: str | Path) -> tuple[Any, Tensor]:
     """The network that :func:`save_pruned` wrote, in evaluation mode, and its gates (D,).
 
@@ -190,8 +197,7 @@ def load_pruned(folder: str | Path) -> tuple[Any, Tensor]:
         unet = cut(unet, layout, gates, copied=False)
         state = load_file(folder / "diffusion_pytorch_model.safetensors")
         unet.load_state_dict(state)
-        dtype = next(iter(state.values())).dtype
-        return unet.to(dtype).eval(), gates
+        return moved(unet, next(iter(state.values()))).eval(), gates
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError("folder", str(folder), f"a pruned network that can be read ({reason})") from error

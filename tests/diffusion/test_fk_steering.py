@@ -182,7 +182,7 @@ def test_the_potentials_of_a_lineage_multiply_to_the_tilt(potential, threshold):
             assert torch.allclose(state.log_potentials, wanted, rtol=0, atol=1e-10)
         state, scored = fk.resample(state, last, generator)
         skipped += int((~scored.resampled).sum())
-    assert (skipped > 0) == (threshold is not None)
+    assert (skipped > 0) == (threshold is not None or potential == "importance")
 
 
 @pytest.mark.parametrize("potential", STEERING)
@@ -224,6 +224,19 @@ def test_particles_of_another_order_have_their_weights_in_that_order():
             other = fk.weigh(other, r[step][:, order], step == 2)
         assert torch.allclose(one.log_weights[:, order], other.log_weights, rtol=0, atol=1e-12)
         assert torch.allclose(one.log_z, other.log_z, rtol=0, atol=1e-12)
+
+
+def test_importance_sampling_resamples_once():
+    """Resampling equal weights on the way would only lose particles: E is that of self-normalised weights."""
+    fk, generator = FeynmanKac(4, "importance", 1.0, "multinomial"), rng(1)
+    state, x = fk.init(20_000), torch.randn(20_000, 4, generator=generator, dtype=torch.float64)
+    for step in range(3):
+        state, scored = fk.step(state, x, step == 2, generator=generator)
+        assert bool(scored.resampled.all()) == (step == 2)
+    wanted = (torch.softmax(x, 1) * x).sum(1)
+    error = x.gather(1, scored.index).mean(1) - wanted
+    assert abs(float(error.mean())) <= 4 * float(error.std()) / math.sqrt(20_000)
+    assert float(wanted.mean()) == pytest.approx(0.609, abs=0.015)
 
 
 def test_a_particle_without_a_reward():
@@ -339,7 +352,8 @@ def exact_law_of_two(potential: str, method: str, threshold: float | None) -> to
             first, second = (math.exp(lineage[2]) for lineage in pair)
             w = first / (first + second)
             ess = 1 / (w * w + (1 - w) ** 2)
-            if threshold is not None and step < 2 and ess >= threshold * 2:
+            waits = potential == "importance" or (threshold is not None and ess >= threshold * 2)
+            if step < 2 and waits:
                 pairs[pair] = pairs.get(pair, 0.0) + p
                 continue
             for index, q in indices_of_two(w, method).items():

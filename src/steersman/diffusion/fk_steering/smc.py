@@ -16,7 +16,7 @@ of its *lineage* (the particles that it is a copy of),
     max                 exp(λ max_s r_s)                       exp(λ r(x_0)) / Π_t G_t
     sum                 exp(λ Σ_s r_s)                         exp(λ r(x_0)) / Π_t G_t
     immediate           exp(λ r_t)                             exp(λ r(x_0)) / Π_t G_t
-    importance          1                                      exp(λ r(x_0))
+    importance          1 (and nothing is resampled)           exp(λ r(x_0))
     best-of-n           1                                      1 (nothing is resampled: pick the largest r)
     ==================  =====================================  =============================================
 
@@ -223,7 +223,7 @@ class FeynmanKac:
         """
         ess = effective_sample_size(state.log_weights)
         due = ess > 0
-        if self.potential == "best-of-n":
+        if self.potential == "best-of-n" or (self.potential == "importance" and not last):
             due = torch.zeros_like(due)
         elif self.ess_threshold is not None and not last:
             due = due & (ess < self.ess_threshold * self.particles)

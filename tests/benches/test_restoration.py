@@ -11,7 +11,8 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from steersman.benches import restoration
-from steersman.benches.restoration import Restoration, biharmonic, law_figures, psnr, ssim, tv, wiener
+from steersman.benches._classical_restorers import biharmonic, tv, wiener
+from steersman.benches.restoration import Restoration, law_figures, psnr, ssim
 from steersman.diffusion.rddm import Pairs
 from steersman.diffusion.rddm import artefact as rddm_artefact
 from steersman.engine.artefacts import run_verb
@@ -137,9 +138,9 @@ def test_classical_restorers_help_where_they_fit():
     places = photographs.tiled_places(images, 24, 0.05)[:12]
     for task, part in (("denoising", tv()), ("deblurring", wiener()), ("inpainting", biharmonic())):
         crops = restoration.Crops(*photographs.degraded(task, images, places, 24, torch.Generator().manual_seed(0)))
-        out = part.on(crops.input, crops.mask, part.chosen(crops))
+        out = part.on(crops.input, crops.mask, part.chosen(crops.target, crops.input, crops.mask))
         assert psnr(out[None], crops.target).mean() > psnr(crops.input[None], crops.target).mean() + 0.5, task
-    assert tv(0.07).chosen(crops) == 0.07
+    assert tv(0.07).chosen(crops.target, crops.input, crops.mask) == 0.07
 
 
 # ------------------------------------------------------------------ trials

@@ -23,7 +23,8 @@ def apply(
     experts: int = 4,
     steps: int = 200,
     batch_size: int = 16,
-    learning_rate: float = 0.01,
+    shrink: int = 1,
+    learning_rate: float = 0.1,
     warm_start: int = 20,
     finetune: int = 200,
     finetune_batch_size: int = 16,
@@ -46,7 +47,8 @@ def apply(
         log: gets a line now and then.
         budget: share of the multiply-adds that is left, on average over prompts.
         experts: K; 1 is one network for all prompts.
-        steps, batch_size, learning_rate, warm_start: of the router's training; the rate is used as it is.
+        steps, batch_size, shrink, learning_rate, warm_start: of the router's training; the rate is used as it is, and
+            a gate takes some 3.4/rate steps to be put off.
         finetune, finetune_batch_size, finetune_learning_rate: steps and so on of each expert; 0 steps leave it out.
         architecture: learned; or random, magnitude, whole (one network each), for comparison.
         transport, balanced, by_macs: see :class:`APTPConfig`.
@@ -73,6 +75,7 @@ def apply(
         by_macs=by_macs,
         steps=steps,
         batch_size=batch_size,
+        shrink=shrink,
         learning_rate=learning_rate,
         scale_learning_rate=False,
         warm_start=warm_start,

@@ -615,6 +615,23 @@ def test_deterministic_samplers_are_refused(sd, scheduler, said):
         call(sd)
 
 
+def test_a_deterministic_sampler_may_be_chosen_from_at_the_end(sd):
+    sd.scheduler = DDIMScheduler.from_config(sd.scheduler.config)
+    for potential in ("importance", "best-of-n"):
+        with FKSteering(brightness, potential).install(sd):
+            assert len(call(sd)) == K
+
+
+def test_a_learned_reward_of_another_shape_is_refused():
+    pipe = classes()
+    for bad in (lambda x, t: x.mean((2, 3)), lambda x, t: torch.full((len(x),), math.nan)):
+        with (
+            FKSteering(brightness, intermediate=bad).install(pipe),
+            pytest.raises(InputError, match="one for each x_t"),
+        ):
+            call(pipe)
+
+
 def test_rows_that_are_no_groups_are_refused():
     pipe = classes()
     with FKSteering(brightness).install(pipe):

@@ -373,7 +373,8 @@ class _Run:
         changed = not state or any(not torch.equal(a, b) for a, b in zip(before, state, strict=True))
         self.noisy = changed or getattr(self.scheduler, "noise_sampler", None) is not None
         done = i + 1 >= max(int(getattr(self.scheduler, "order", 1)), 1) and not self._inside_next()
-        if self.noisy or not done or self.n == 1 or self.steering.core.potential == "best-of-n":
+        chosen_at_the_end = self.steering.core.potential in ("importance", "best-of-n")
+        if self.noisy or not done or self.n == 1 or chosen_at_the_end:
             return
         name = type(self.scheduler).__name__
         hint = "eta=1.0 in the pipeline's call" if "eta" in given else "for example DDIMScheduler with eta=1.0"
@@ -394,8 +395,11 @@ class _Run:
             r = self._rewards(clean, i).reshape(-1, k)
         else:
             times = torch.as_tensor(given["timestep"], device=after.device).flatten()[:1].expand(len(after))
-            found = steering.intermediate(given["sample"], times)
-            r = torch.as_tensor(found).detach().double().cpu().reshape(-1, k)
+            found = torch.as_tensor(steering.intermediate(given["sample"], times)).detach().double().cpu()
+            if found.shape != (len(after),) or not bool(found.isfinite().all()):
+                wanted = f"{len(after)} finite numbers, one for each x_t"
+                raise InputError("intermediate", f"of shape {tuple(found.shape)}", wanted)
+            r = found.reshape(-1, k)
         if steering.scale == "auto" and not steering.report.steps and self.core.potential != "best-of-n":
             self.core = replace(self.core, scale=scale_for(r, AUTO_ESS))
             steering.report.scale = self.core.scale

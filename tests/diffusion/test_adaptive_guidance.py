@@ -710,16 +710,32 @@ def test_it_is_a_guider_of_modular_pipelines(modular, tmp_path):
     assert rows == [2] * 8  # two calls in each of two steps, then one
     assert torch.equal(modular_draw(modular, method), cut)  # one guider, used again
     torch.testing.assert_close(modular_draw(modular, GuidancePolicy.static_cut(3.0, 6, 2)), cut)
-    # Batches are called whole, but each row is cut by itself.
-    curves = AdaptiveGuidance(3.0, 0.999999, min_steps=6).bind(modular.scheduler)
-    modular_draw(modular, AdaptiveGuidance(3.0, 0.99999999).bind(modular.scheduler))
     method.save_pretrained(tmp_path)
     again = AdaptiveGuidance.from_pretrained(tmp_path).bind(modular.scheduler)
     assert torch.equal(modular_draw(modular, again), cut)
     rows.clear()
     modular_draw(modular, GuidancePolicy([3.0, 0.0, 1.0, 3.0, 0.0, 1.0]))
     assert rows == [2] * 8
-    del curves
+
+
+def test_rows_of_a_modular_batch_are_cut_one_by_one(modular):
+    """The unconditional call is made until the last row is cut, but each row's result is its own."""
+    gamma = AdaptiveGuidance(3.0, 0.999999999, min_steps=1).bind(modular.scheduler)
+    modular_draw(modular, gamma, rows=3)
+    curves = torch.stack(gamma.similarities)
+    threshold = float(curves[1].sort().values[:2].mean())  # two of the three rows pass at the second step
+    method = AdaptiveGuidance(3.0, threshold, min_steps=2).bind(modular.scheduler)
+    calls = counted(modular)
+    whole, cut = modular_draw(modular, method, rows=3), method.guided_steps.tolist()
+    assert sorted(cut)[:2] == [2, 2] and max(cut) > 2 and calls == [3] * (6 + max(cut))
+    for row in (0, 1, 2):
+        modular.update_components(guider=method)
+        latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))[row : row + 1]
+        prompt = ["a cat", "a small red circle", "x"][row]
+        more = {"num_inference_steps": 6, "output": "images", "output_type": "latent"}
+        alone = modular(prompt=prompt, latents=latents, **more)
+        assert int(method.guided_steps) == cut[row]
+        torch.testing.assert_close(alone[0], whole[row], rtol=1e-4, atol=1e-4)
 
 
 def test_linear_ag_is_saved_with_what_it_belongs_to(tmp_path):

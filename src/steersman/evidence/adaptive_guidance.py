@@ -7,8 +7,8 @@ the same run: it shares the grid of times, which guidance with fewer steps does 
   steps, as many samples drawn at random take the later one as it needs), and
 - a *shuffled* cut: the adaptive cut's own numbers of guided steps, dealt out to other samples.
 
-A mean of decibels is ruled by images that come out equal, which count as 100 dB: on ``digits``, whose values are clipped,
-many do. So two of the claims are put to ``likeness`` as well, the decibels of the samples' mean squared error.
+A mean of decibels is ruled by images that come out equal, which count as 100 dB. So two of the claims are put to
+``likeness`` as well, the decibels of the mean squared error of all samples.
 
 Threshold and ``min_steps`` are calibrated anew for each seed, with other noise (and on ``scenes`` other captions) than
 they are measured on.
@@ -130,9 +130,7 @@ class CutsBench(GuidanceBench):
     figures: Mapping[str, Figure] = {
         **GuidanceBench.figures,
         "ssim": Figure("", "higher", "quality", "structural similarity to plain guidance from the same noise"),
-        "likeness": Figure(
-            "dB", "higher", "quality", "PSNR to plain guidance by the mean squared error of all samples"
-        ),
+        "likeness": Figure("dB", "higher", "quality", "likeness to plain guidance by all samples' mean squared error"),
         "threshold": Figure("", "neither", "info", "threshold that was calibrated"),
         "min_steps": Figure("steps", "neither", "info", "guided steps before the test, as calibrated"),
         "similarity_first": Figure("", "neither", "info", "median similarity at the first step of the calibration"),

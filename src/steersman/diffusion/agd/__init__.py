@@ -8,6 +8,7 @@ AGD.from_pretrained("my-agd", guidance_scale=4.0).install(pipe)
 
 from steersman.diffusion.agd.adapters import Conditions, ScalarEncoder
 from steersman.diffusion.agd.applying import apply
+from steersman.diffusion.agd.diagnosis import missed_guidance
 from steersman.diffusion.agd.injection import AGDAdapters, AGDConfig, inject_agd
 from steersman.diffusion.agd.installing import AGD, AGDGuidance
 from steersman.diffusion.agd.training import AGDTrainingConfig, train_agd
@@ -31,6 +32,7 @@ __all__ = [
     "apply",
     "collect_cfg_trajectories",
     "inject_agd",
+    "missed_guidance",
     "noised_pairs",
     "read_parts",
     "stream_cfg_trajectories",

@@ -6,7 +6,8 @@ and are compared by their gates,
 
     w = [ width gates of blocks without depth gate, hard | of the others: soft width × soft depth | depth gates, hard ]
 
-each times 1/sqrt(width of its group), so that every group counts alike, and normalised: S = w(e) w(a)ᵀ, cosines (B, K).
+each times 1/sqrt(width of its group), so that every group and every depth gate counts alike, and normalised:
+S = w(e) w(a)ᵀ, cosines (B, K).
 In training a prompt gets a code by entropic transport to codes of equal mass, Q = exp(S/ε)ᵀ alternately scaled to rows
 of sum 1/K and columns of sum 1/B (Sinkhorn), and then the argmax of its column; in use by the argmax of S.
 
@@ -95,7 +96,7 @@ class Router(nn.Module):
         layout: the gates.
         dimensions: of an embedding.
         experts: K.
-        by_macs: let gates count by their share of the multiply-adds in comparisons, too.
+        by_macs: let gates count by their group's (or block's) share of the multiply-adds in comparisons, too.
         costs: needed with ``by_macs``.
         temperature, offset: T and b.
         generator: of the first weights, on the CPU.
@@ -133,10 +134,11 @@ class Router(nn.Module):
             nn.init.orthogonal_(self.predictor.weight.data[part], generator=generator)
         self.codebook = nn.Parameter(nn.init.orthogonal_(torch.empty(experts, D), generator=generator))
         widths = torch.tensor([float(g.width) for g in layout.widths])[layout.group]
-        scale = torch.cat([widths, torch.full((len(layout.depths),), float(max(len(layout.depths), 1)))]).rsqrt()
+        scale = torch.cat([widths.rsqrt(), torch.ones(len(layout.depths))])
         if by_macs:
             assert costs is not None
-            scale = scale * costs.shares().float()
+            shares = costs.shares().float()
+            scale = scale * torch.cat([widths * shares[: layout.n_width], shares[layout.n_width :]])
         self.register_buffer("scale", scale)
         self.register_buffer("potentials", torch.zeros(experts))
         self.register_buffer("architectures", torch.ones(experts, D))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from steersman.benches.steering import Steering, scenes_scorer, tilted
+from steersman.benches._steering_tasks import scenes_scorer, tilted
+from steersman.benches.steering import Steering
 from steersman.diffusion.fk_steering import FeynmanKac
 from steersman.engine.compare import compare
 from steersman.engine.comparison import Comparison
@@ -135,7 +136,7 @@ def test_scenes_are_scored_by_a_network_of_their_own():
 
 def test_scenes(monkeypatch):
     trained = scenes_scorer(100)
-    monkeypatch.setattr("steersman.benches.steering.scenes_scorer", lambda: trained)
+    monkeypatch.setattr("steersman.benches._steering_tasks.scenes_scorer", lambda: trained)
     comparison = run(["best-of-n", "fk-steering"], "scenes", calls=[3], runs=2, particles=[2], guidance=1.0)
     assert {row.status for row in comparison.rows} == {"ok"}
     assert {"best_accuracy", "accuracy", "reward", "diversity"} <= set(comparison.select("fk-steering")[0].figures)

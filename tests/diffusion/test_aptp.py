@@ -497,6 +497,15 @@ def test_pruning_meets_the_budget_by_use(pruner):
         assert smaller == (pruner.macs[k] < 1)
 
 
+def test_erratum_gates_of_the_last_draw_miss_the_budget(pipe):
+    made = PromptRoutedPruner(pipe, **SHORT | {"last_draw": True}).fit(*captioned())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.prune()
+    assert abs(made.report()["multiply_adds"] - 0.7) > 0.05
+    assert torch.equal(made.router.architectures, (made.router.drawn >= 0.5).float())
+
+
 def test_experts_with_equal_shares_of_the_prompts(pipe):
     images, captions = captioned()
     made = PromptRoutedPruner(pipe, **SHORT | {"balanced": True}).fit(images, captions)

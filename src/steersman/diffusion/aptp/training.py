@@ -60,6 +60,8 @@ class APTPConfig:
             (nothing is pruned), which skip the router's training.
         transport: assign by transport in training; without, by the largest cosine.
         balanced: in use, offset the codes' similarities so that the training prompts are spread equally (ours).
+        last_draw: cut by the codes' gates of the last training step, noise included, as the authors' code does; the
+            budget is then met by chance only.
         by_macs: gates count by their share of the multiply-adds when architectures are compared.
         steps, batch_size: of the router's training; K at most a batch, and transport wants 4K.
         shrink: images of the router's training are averaged over squares of so many pixels (the paper trains the router
@@ -86,6 +88,7 @@ class APTPConfig:
     architecture: Architecture = "learned"
     transport: bool = True
     balanced: bool = False
+    last_draw: bool = False
     by_macs: bool = False
     steps: int = 5000
     batch_size: int = 64
@@ -361,7 +364,12 @@ class PromptRoutedPruner:
             margins = magnitudes(self.unet, self.layout)[None]
         else:
             margins = torch.full((1, self.layout.size), torch.inf)
-        gates = self.layout.ones() if c.architecture == "whole" else within_budget(margins, self.costs, c.budget, usage)
+        if c.architecture == "whole":
+            gates = self.layout.ones()
+        elif c.architecture == "learned" and c.last_draw:
+            gates = (router.drawn.cpu() >= 0.5).float()
+        else:
+            gates = within_budget(margins, self.costs, c.budget, usage)
         router.architectures.copy_(gates)
         router.usage.copy_(usage)
         router.alive.copy_(usage > 0)

@@ -116,7 +116,7 @@ def contender(kind: str, bits: str) -> str:
 def studies(scale: str, seed: int) -> dict[str, Study]:
     """Calibrators at 6 and 8 bits on digits, and integers on scenes; fully also other bits, laws and scenes."""
     full = scale != "quick"
-    grid = {"steps": STEPS, "samples": 256 if full else 96}
+    grid = {"steps": STEPS, "samples": 256 if full else 64}
     kinds = (*KINDS, *MORE) if full else tuple(KINDS)
     found = {
         "w6a6": Study(Calls(), tuple(contender(kind, "6") for kind in kinds), "digits", grid),

@@ -279,7 +279,11 @@ def _bits(
     placement: Placement,
     own: Mapping[str, int],
 ) -> dict[str, tuple[int, int]]:
-    """Bits of each layer's weights and activations."""
+    """Bits of each layer's weights and activations.
+
+    What enters the network stays as it is, as under the published quantisation of outputs: a state beyond its range
+    would be clipped, the network would not see what to take away, and from step to step it would grow.
+    """
     first, last = _ends(net, order, layers)
     for pattern in own:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in order):
@@ -290,10 +294,9 @@ def _bits(
         if name in (first, last):
             w = max(w, ENDS)
         # Outputs: the network's own stays as it is, and what is computed last before it has 8 bits.
-        ends = (first, last) if placement == "input" else (order[max(len(order) - 2, 0)],)
-        if name in ends:
+        if name == (last if placement == "input" else order[max(len(order) - 2, 0)]):
             a = max(a, ENDS)
-        if placement == "output" and name == last:
+        if name == (first if placement == "input" else last):
             a = 32
         for pattern, b in own.items():
             if fnmatch.fnmatchcase(name, pattern):
@@ -471,16 +474,25 @@ class PTQ4DM(Installable):
                     "execution", "int8", "simulated, as the quantised outputs are no integers at the next layer"
                 )
             for name, facts in self.layers.items():
-                if (facts["weight_bits"], facts["activation_bits"]) != (8, 8):
-                    asked = f"W{facts['weight_bits']}A{facts['activation_bits']}"
+                # A layer with either in floating point is a product of that kind.
+                bits = facts["weight_bits"], facts["activation_bits"]
+                if 32 not in bits and bits != (8, 8):
+                    asked = f"W{bits[0]}A{bits[1]}"
                     raise InputError(
                         "execution", "int8", f"simulated, as {name} is {asked} (integer kernels have 8 bits)"
                     )
+            if not self.in_integers:
+                raise InputError("execution", "int8", "simulated, as no layer has 8 bits for both factors")
 
     @property
     def layers(self) -> Mapping[str, dict[str, Any]]:
         """Of each quantised layer: bits, ranges, SQNR in decibels, and its peaks by tenth of the run."""
         return self.record["layers"]
+
+    @property
+    def in_integers(self) -> list[str]:
+        """The layers whose products int8 execution takes in integers; the first layer is never one of them."""
+        return [n for n, facts in self.layers.items() if (facts["weight_bits"], facts["activation_bits"]) == (8, 8)]
 
     @property
     def kept(self) -> Mapping[str, str]:

@@ -40,9 +40,9 @@ from steersman.reference import scenes
 
 STEPS, PROMPTS, SCALE, PARTICLES = 20, 16, 3.0, 4
 ARTEFACTS: dict[str, dict[str, Any]] = {
-    "agd": {"steps": 50},
-    "ptq4dm": {"execution": "int8"},
-    "aptp": {"router_steps": 20, "finetune_steps": 0},
+    "agd": {"steps": 20, "trajectories": 16, "sampling_steps": 5},
+    "ptq4dm": {"execution": "int8", "size": 64, "steps": 10},
+    "aptp": {"budget": 0.7, "steps": 100, "finetune": 0},
 }
 """Settings of `apply` that make the artefacts here: speed does not depend on how long they were trained."""
 

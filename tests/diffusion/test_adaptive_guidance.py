@@ -35,6 +35,7 @@ from steersman.diffusion.adaptive_guidance import (
 )
 from steersman.diffusion.adaptive_guidance.linear import _Recorder
 from steersman.diffusion.adaptive_guidance.trajectories import Runs
+from steersman.diffusion.fk_steering import FKSteering
 from steersman.diffusion.guidance import Moment, both_branches
 from steersman.errors import InputError
 from steersman.reference import digits
@@ -919,3 +920,39 @@ def test_erratum_cosines_of_equal_vectors_exceed_one():
     with quiet(1.0).install(pipe) as method:
         draw(pipe, noise(pipe, 50))
     assert set(method.guided_steps.tolist()) == {8}
+
+
+@pytest.mark.filterwarnings("ignore:FKSteering")
+@pytest.mark.parametrize("linear", [False, True])
+def test_below_reward_steering_a_cut_goes_with_its_particle(trained, linear):
+    """All particles become copies of row 2 in the midst of the run, whose cut and history they must have, too."""
+    scheduler = DPMSolverPPScheduler.from_config(trained.scheduler.config, algorithm_type="sde-dpmsolver++")
+    pipe = ClassConditionalPipeline(trained.unet, scheduler, 10)
+    pipe.set_progress_bar_config(disable=True)
+    first = True
+
+    def prefer(images):
+        nonlocal first
+        scores = 60.0 * (torch.arange(len(images)) == 2) * first
+        first = False
+        return scores.double()
+
+    def run():
+        more = {"guidance_scale": 2.0, "num_inference_steps": 8, "output_type": "latent", "latents": noise(pipe, 4)}
+        generators = [torch.Generator().manual_seed(7) for _ in range(4)]
+        return pipe([3] * 4, generator=generators, **more).images
+
+    method = quiet(0.999, min_steps=2)
+    if linear:
+        method = LinearAdaptiveGuidance.fit(pipe, torch.arange(10), scale=3.0, steps=8, batch=10)
+    with method.install(pipe):
+        with FKSteering(prefer, scale=1.0, schedule=(0.42,)).install(pipe):
+            first = False
+            plain = run()
+            cut = method.guided_steps.tolist()
+            first = True
+            steered = run()
+        found = method.guided_steps.tolist()
+    assert found == [cut[2]] * 4
+    torch.testing.assert_close(steered, plain[2:3].expand_as(steered), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain[0], steered[0], atol=1e-2)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from steersman.diffusion.installing import Installable, installed
 from steersman.diffusion.scheduler import SlotScheduler
@@ -197,6 +198,9 @@ class Guidance(Installable, BaseGuidance):
     def begin(self, moment: Moment) -> None:
         """A run begins: forget the one before."""
 
+    def take(self, index: Tensor) -> None:
+        """Re-index the samples of the run in progress (particles): whatever is kept of them between calls."""
+
     # -------------------------------------------------------------- modular pipelines
 
     def bind(self, scheduler: Any) -> Guidance:
@@ -242,7 +246,7 @@ class Guidance(Installable, BaseGuidance):
         super().prepare_models(denoiser)
 
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._x = _sample(args, kwargs)
+            self._x = _own_channels(module, _sample(args, kwargs))
 
         self._hooks.append(denoiser.register_forward_pre_hook(note, with_kwargs=True))
 
@@ -323,18 +327,18 @@ class _Run:
         self.rows: Tensor | None = None
         self.full, self.alone = True, False
 
+    # In a network that is compiled in place its hooks are traced, and would be again at each call: they count calls.
+    @torch.compiler.disable
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = _sample(args, kwargs)
         if self.pipe.scheduler.timesteps is not self.times:
-            self._begin(x, args[1] if len(args) > 1 else kwargs["timestep"])
+            self._begin(module, x, args[1] if len(args) > 1 else kwargs["timestep"])
         if len(x) % 2:
             self._refuse_single()
         if self.i >= self.n:
-            raise InputError("call of the network", self.i + 1, f"at most the {self.n} calls of the scheduler's plan")
-        channels = getattr(module.config, "out_channels", None) or x.shape[1]
-        half = x[: len(x) // 2]
-        # An inpainting network sees mask and masked image behind the sample, another also predicts variances.
-        half = half[:, : min(channels, x.shape[1])] if x.ndim > 3 else half
+            wanted = f"at most the {self.n} calls of the scheduler's plan (one of both branches for each timestep)"
+            raise InputError("call of the network", self.i + 1, wanted)
+        half = _own_channels(module, x[: len(x) // 2])
         self.moment = Moment(self.i, self.n, self.values[self.offset + self.i], half, self.pipe.scheduler)
         if self.i == 0:
             self.guidance.begin(self.moment)
@@ -357,14 +361,15 @@ class _Run:
         keep = torch.cat([cond, self.rows + B] if self.cond_first else [self.rows, cond + B])
         return _taken(args, 2 * B, keep), _taken(kwargs, 2 * B, keep)
 
+    @torch.compiler.disable
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         out = output[0] if isinstance(output, tuple) else output.sample
         moment = self.moment
         assert moment is not None and moment.x is not None
-        C = moment.x.shape[1]
-        rest = None
-        if out.ndim > 3 and out.shape[1] == 2 * C:
-            out, rest = out[:, :C], out[:, C:]
+        rest, axis = None, _channel_axis(module, moment.x)
+        C = moment.x.shape[axis]
+        if out.ndim > 3 and out.shape[axis] == 2 * C:
+            out, rest = out.split(C, axis)
         uncond: Tensor | None
         if self.alone:
             cond = uncond = out
@@ -386,20 +391,20 @@ class _Run:
             self.pipe.scheduler.uncond_output = uncond
         both = torch.cat([guided, guided])
         if rest is not None:
-            both = torch.cat([both, rest], dim=1)
+            both = torch.cat([both, rest], dim=axis)
         if isinstance(output, tuple):
             return (both, *output[1:])
         return type(output)(sample=both)
 
-    def _begin(self, x: Tensor, timestep: Any) -> None:
+    def _begin(self, module: Any, x: Tensor, timestep: Any) -> None:
         pipe, scheduler = self.pipe, self.pipe.scheduler
         doubled = getattr(pipe, "do_classifier_free_guidance", None)
         if doubled is None:
             scale = getattr(pipe, "guidance_scale", None)
-            doubled = scale > 1 if scale is not None else len(x) % 2 == 0 and torch.equal(*x.chunk(2))
-        if not doubled:
+            doubled = scale is None or scale > 1
+        # The device is waited for here, once a run; from here on all values are known.
+        if not doubled or not _twice(module, x):
             self._refuse_single()
-        # One wait for the device a run; from here on the values are known.
         self.values = [float(t) for t in scheduler.timesteps.tolist()]
         t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         found = [i for i, value in enumerate(self.values) if abs(value - t) < 1e-3]
@@ -411,12 +416,15 @@ class _Run:
         self.i, self.times = 0, scheduler.timesteps
 
     def _refuse_single(self) -> None:
-        name = type(self.guidance).__name__
+        name, pipe = type(self.guidance).__name__, type(self.pipe).__name__
         network = network_of(self.pipe)
         if getattr(network.config, "time_cond_proj_dim", None) or getattr(network.config, "guidance_embeds", False):
             wanted = f"one with two branches: guidance is distilled into this network, {name} has nothing to guide"
-            raise InputError("pipe", type(self.pipe).__name__, wanted)
+            raise InputError("pipe", pipe, wanted)
         scale = getattr(self.pipe, "guidance_scale", 1)
+        if isinstance(scale, (int, float)) and scale > 1:
+            wanted = f"one that evaluates two branches, and both in one batch, where {name} can guide them"
+            raise InputError("pipe", pipe, wanted)
         wanted = f"above 1 while {name} is installed (any such value: the pipeline then evaluates both branches)"
         raise InputError("guidance_scale", scale, wanted)
 
@@ -458,14 +466,17 @@ def alpha_bar(scheduler: Any, timestep: float) -> float:
     """abar of the network's variance-preserving process at a timestep, which may be between two trained ones.
 
     Raises:
-        InputError: the scheduler has no table of it.
+        InputError: the scheduler has no table of it, or not at this timestep.
     """
     table = getattr(scheduler, "_abar", None)  # ours is in float64
     if table is None:
         table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None:
-        raise InputError("scheduler", type(scheduler).__name__, "one of a diffusion process (with alphas_cumprod)")
-    values = table.double().cpu().numpy() if isinstance(table, Tensor) else np.asarray(table, dtype=np.float64)
+    if table is None or scheduler.config.get("timestep_type", "discrete") != "discrete":
+        wanted = "one of a diffusion process with timesteps (alphas_cumprod)"
+        raise InputError("scheduler", type(scheduler).__name__, wanted)
+    values = _on_host(table) if isinstance(table, Tensor) else np.asarray(table, dtype=np.float64)
+    if not 0 <= timestep <= len(values) - 1:
+        raise InputError("timestep", timestep, f"from 0 to {len(values) - 1}")
     if float(timestep).is_integer():
         return float(values[int(timestep)])
     # As diffusers' Euler does it: log sigma is linear between timesteps.
@@ -488,7 +499,8 @@ def both_branches(pipe: Any, take: Callable[[Tensor, Tensor, Moment], None]) -> 
     def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output.sample
         assert run.moment is not None and run.moment.x is not None
-        first, second = out[:, : run.moment.x.shape[1]].chunk(2)
+        axis = _channel_axis(module, run.moment.x)
+        first, second = out.narrow(axis, 0, run.moment.x.shape[axis]).chunk(2)
         take(*((first, second) if run.cond_first else (second, first)), run.moment)
 
     network = network_of(pipe)
@@ -503,6 +515,16 @@ def both_branches(pipe: Any, take: Callable[[Tensor, Tensor, Moment], None]) -> 
             hook.remove()
 
 
+_ON_HOST: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _on_host(table: Tensor) -> np.ndarray:
+    """In float64; read once, since diffusers' ``add_noise`` moves the table to the device."""
+    if table not in _ON_HOST:
+        _ON_HOST[table] = table.double().cpu().numpy()
+    return _ON_HOST[table]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -512,6 +534,29 @@ def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if args:
         return cast(Tensor, args[0])
     return cast(Tensor, kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"])
+
+
+def _twice(network: Any, x: Tensor) -> bool:
+    """Whether a batch has the same samples twice: three branches, or other rows, would be taken for two of these."""
+    if len(x) % 2:
+        return False
+    first, second = (_own_channels(network, half) for half in x.chunk(2))
+    return bool(((first == second) | first.isnan()).all())
+
+
+def _own_channels(network: Any, x: Tensor) -> Tensor:
+    """The sample in a network's input: an inpainting network sees mask and masked image behind it."""
+    if x.ndim <= 3:
+        return x
+    axis = _channel_axis(network, x)
+    # Another network predicts variances, too: it has more channels for the output than for the input.
+    return x.narrow(axis, 0, min(getattr(network.config, "out_channels", None) or x.shape[axis], x.shape[axis]))
+
+
+def _channel_axis(network: Any, x: Tensor) -> int:
+    """1; 2 for videos (B, frames, C, H, W)."""
+    channels = getattr(network.config, "in_channels", None)
+    return 2 if x.ndim == 5 and x.shape[1] != channels and x.shape[2] == channels else 1
 
 
 def _taken(value: Any, rows: int, keep: Tensor) -> Any:

@@ -181,6 +181,13 @@ class AdaptiveGuidance(Guidance):
             live = (~self._passed.all()).expand(len(passed))
         self._live, self._cut_now = live, before & ~live
 
+    def take(self, index: Tensor) -> None:
+        for name in ("_live", "_passed", "_cut_now", "guided_steps"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, kept[index.to(kept.device)])
+        self.similarities = [gamma[index.to(gamma.device)] for gamma in self.similarities]
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, folder: str | Path, *, threshold: float | str | None = None, min_steps: int | None = None

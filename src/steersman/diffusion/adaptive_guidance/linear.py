@@ -381,6 +381,12 @@ class LinearAdaptiveGuidance(AdaptiveGuidance):
         self._drop(i)
         return made
 
+    def take(self, index: Tensor) -> None:
+        super().take(index)
+        for known in (self._cond, self._uncond):
+            for j, kept in known.items():
+                known[j] = kept[index.to(kept.device)]
+
     def _drop(self, i: int) -> None:
         """Forget predictions that no later estimate goes by."""
         for known in (self._cond, self._uncond):

@@ -29,7 +29,7 @@ from steersman.diffusion.fk_steering.smc import (
     scale_for,
     scored_steps,
 )
-from steersman.diffusion.guidance import Moment, network_of
+from steersman.diffusion.guidance import Guidance, Moment, network_of
 from steersman.diffusion.installing import Installable, installed
 from steersman.diffusion.scheduler import SlotScheduler
 from steersman.errors import InputError, nearest
@@ -412,6 +412,9 @@ class _Run:
         if bool(scored.resampled.any()) and not torch.equal(scored.index, torch.arange(k).expand_as(scored.index)):
             rows = _rows(scored.index).to(after.device)
             _permute(self.scheduler, rows, given["sample"].shape)
+            for method in installed(self.pipe):
+                if isinstance(method, Guidance):
+                    method.take(rows)
             after = after[rows]
         return after
 

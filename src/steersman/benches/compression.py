@@ -71,7 +71,7 @@ class Original:
 
 
 class Half:
-    """The whole pipeline in 16 bits, ``pipe.to(torch.bfloat16)``.
+    """The network in 16 bits, ``pipe.unet.to(torch.bfloat16)``; text encoder, sampler and decoder as they were.
 
     Args:
         dtype: bfloat16 or float16.
@@ -102,7 +102,6 @@ class Half:
             output.sample = output.sample.to(entered)
             return output
 
-        # What runs between the calls (text encoder, sampler) stays as it was: the network is what is compared.
         net.register_forward_pre_hook(enter, with_kwargs=True)
         net.register_forward_hook(leave)
         return found

@@ -942,9 +942,14 @@ def test_below_reward_steering_a_cut_goes_with_its_particle(trained, linear):
         generators = [torch.Generator().manual_seed(7) for _ in range(4)]
         return pipe([3] * 4, generator=generators, **more).images
 
-    method = quiet(0.999, min_steps=2)
     if linear:
         method = LinearAdaptiveGuidance.fit(pipe, torch.arange(10), scale=3.0, steps=8, batch=10)
+    else:
+        method = quiet(0.99999999, min_steps=3)
+        with method.install(pipe):
+            run()
+        # The third step cuts two of the four, before they are copied.
+        method.threshold = float(method.similarities[0].sort().values[1:3].mean())
     with method.install(pipe):
         with FKSteering(prefer, scale=1.0, schedule=(0.42,)).install(pipe):
             first = False
@@ -953,6 +958,6 @@ def test_below_reward_steering_a_cut_goes_with_its_particle(trained, linear):
             first = True
             steered = run()
         found = method.guided_steps.tolist()
-    assert found == [cut[2]] * 4
+    assert found == [cut[2]] * 4 and (linear or sorted(cut)[:2] == [3, 3] != sorted(cut)[2:])
     torch.testing.assert_close(steered, plain[2:3].expand_as(steered), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain[0], steered[0], atol=1e-2)

@@ -552,6 +552,16 @@ def test_activations_that_are_not_finite_are_refused():
     assert isinstance(pipe.unet.conv_in, nn.Conv2d)
 
 
+def test_a_network_without_a_timestep_is_refused():
+    pipe = Runner()
+    pipe.unet = nn.Sequential(nn.Conv2d(1, 1, 1))
+    with pytest.raises(InputError, match="takes a timestep"):
+        quantize_ptq4dm(pipe, calibration=SMALL, steps=4)
+    pipe.unet = None
+    with pytest.raises(InputError, match="unet or a transformer"):
+        quantize_ptq4dm(pipe, calibration=SMALL, steps=4)
+
+
 def test_fused_attention_is_refused():
     pipe = tiny.stable_diffusion()
     pipe.unet.fuse_qkv_projections()
@@ -724,6 +734,21 @@ def test_another_sampler_than_the_calibrated_one_is_told(small):
     with method.install(pipe), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         pipe(labels=[0], num_inference_steps=4)
+
+
+def test_gradients_pass_through_what_was_simulated(small):
+    pipe, method = small
+    x = normal(2, 1, 8, 8).requires_grad_()
+    y = torch.tensor([0, 1])
+    slope = torch.autograd.grad(pipe.unet(x, 100, class_labels=y).sample.sum(), x)[0]
+    with method.install(pipe):
+        own = torch.autograd.grad(pipe.unet(x, 100, class_labels=y).sample.sum(), x)[0]
+    assert float(F.cosine_similarity(own.flatten(), slope.flatten(), dim=0)) > 0.95
+    with (
+        PTQ4DM(method.record, method.tensors, "int8").install(pipe),
+        pytest.raises(InputError, match="where gradients are taken"),
+    ):
+        pipe.unet(x, 100, class_labels=y)
 
 
 def test_another_network_is_refused(small):

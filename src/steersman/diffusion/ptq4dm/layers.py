@@ -166,7 +166,8 @@ class Activation:
         shape = (-1, *[1] * (x.ndim - 1))
         delta = torch.tensor([row[0] for row in rows], device=x.device).repeat_interleave(each).reshape(shape)
         zero = torch.tensor([row[1] for row in rows], device=x.device).repeat_interleave(each).reshape(shape)
-        return quantise(x.float(), delta, zero, self.bits).to(x.dtype)
+        y = quantise(x.float(), delta, zero, self.bits).to(x.dtype)
+        return x + (y - x).detach() if x.requires_grad else y
 
 
 class QuantisedLayer(nn.Module):
@@ -262,6 +263,8 @@ class QuantisedLayer(nn.Module):
 
     def _int8(self, x: Tensor, delta: float, zero: int) -> Tensor:
         assert self.integers is not None and self.scale is not None
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError("execution", "int8", "simulated where gradients are taken: integers have none")
         q = bytes_of(x, delta, zero)
         onednn, layer = torch.ops.onednn, self.layer
         end: Any = 1.0, 0, torch.float32, "none", [], ""  # no quantisation of the result, nothing fused behind it

@@ -188,6 +188,7 @@ def quantize_ptq4dm(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     say = progress or (lambda line: None)
     net = network(pipe)
+    _place_of_time(net)
     places, kept = quantisable(net)
     if not places:
         raise InputError("pipe", type(net).__name__, "with a network that has Conv2d or Linear layers")
@@ -305,9 +306,17 @@ def _bits(
     return found
 
 
+def _place_of_time(net: nn.Module) -> int:
+    """Where the timestep is among the arguments of a network."""
+    names = list(inspect.signature(net.forward).parameters)
+    if "timestep" not in names:
+        raise InputError("pipe", type(net).__name__, "with a network that takes a timestep, under that name")
+    return names.index("timestep")
+
+
 def _tell_time(net: nn.Module, call: Call, each: Callable[[], None] = lambda: None) -> RemovableHandle:
     """Let the layers know the timestep of each of the network's calls, until the handle is removed."""
-    place = list(inspect.signature(net.forward).parameters).index("timestep")
+    place = _place_of_time(net)
 
     def watch(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         call.timestep = positional[place] if len(positional) > place else named.get("timestep")

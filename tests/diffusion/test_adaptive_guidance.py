@@ -568,6 +568,17 @@ def test_a_search_finds_a_policy_better_than_chance():
     assert losses[0] < np.median(losses[1:]) and found.loss < found.conditional_loss
 
 
+def test_a_search_on_a_text_to_image_pipeline():
+    from steersman.reference import scenes
+
+    pipe = scenes.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"scale": 3.0, "steps": 3, "iterations": 1, "weights": (1.0,), "gradient": "schedule"}
+    found = search_policy(pipe, ["a small red circle"], negative_prompt="a large blue cross", **settings)
+    assert found.cost <= 4 and 0 < found.loss and found.conditional_loss > 0
+    assert pipe.unet.conv_in.weight.requires_grad and "step" not in vars(pipe.scheduler)
+
+
 # ------------------------------------------------------------------ calibration
 
 

@@ -72,6 +72,11 @@ class Runs:
         asked = [self.asked[i] for i in rows]
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in rows]
         given: Any = torch.tensor(asked) if self.name == "labels" else asked
+        # Beside a list of prompts pipelines want a list of negative ones.
+        extra = {
+            name: [value] * len(rows) if name.startswith("negative_prompt") and isinstance(value, str) else value
+            for name, value in (self.arguments | more).items()
+        }
         with nullcontext() if guidance is None else guidance.install(self.pipe):
             result = self.pipe(
                 **{self.name: given},
@@ -79,7 +84,7 @@ class Runs:
                 guidance_scale=self.scale,
                 generator=generators,
                 output_type=output_type,
-                **(self.arguments | more),
+                **extra,
             )
         images = torch.as_tensor(result.images).detach().cpu()
         return images.to(torch.promote_types(images.dtype, torch.float32))

@@ -175,10 +175,8 @@ def _targets(network: nn.Module, modules: Mapping[str, nn.Module], config: AGDCo
         for end in config.target_modules:
             found = [name for name in modules if name == end or name.endswith("." + end)]
             if not found:
-                ends = {".".join(n.split(".")[-1:]) for n, m in modules.items() if isinstance(m, Attention)}
                 known = [n for n, m in modules.items() if isinstance(m, (Attention, ResnetBlock2D))]
-                wanted = f"the end of a module's name, like {', '.join(sorted(ends)[:4]) or known[:4]}"
-                raise InputError("target_modules", end, f"{wanted}: {nearest(end, known)}")
+                raise InputError("target_modules", end, f"the end of a module's name: {nearest(end, known)}")
             names.extend(name for name in found if name not in names)
         return names
     patterns = (_LORA,) if config.arch == "lora" else _TARGETS
@@ -350,12 +348,9 @@ class AGDAdapters(nn.Module):
             self.guard(x, given)
         omega = self._omega
         if len(omega) not in (1, len(x)):
-            rows = f"{len(omega)} rows" + (
-                " (both branches of guidance are evaluated)" if len(x) == 2 * len(omega) else ""
-            )
-            raise InputError(
-                "guidance_scale", f"{len(omega)} scales", f"one, or one for each row; the call has {len(x)}, not {rows}"
-            )
+            both = ", as both branches of guidance are evaluated" if len(x) == 2 * len(omega) else ""
+            wanted = f"one, or one for each row (this call has {len(x)} rows{both})"
+            raise InputError("guidance_scale", f"{len(omega)} scales", wanted)
         parameter = next(self.parameters())
         if parameter.device != x.device:
             self.to(x.device)

@@ -193,15 +193,13 @@ def checked_scale(value: Any, facts: Mapping[str, Any], clamp: bool) -> float:
 
 
 def _doubled(pipe: Any, x: Tensor, given: Mapping[str, Any]) -> bool:
-    """Whether the pipeline evaluates both branches."""
+    """Whether this call of a pipeline evaluates both branches: its settings say so, and the rows come twice."""
     doubled = getattr(pipe, "do_classifier_free_guidance", None)
-    if doubled is not None:
-        return bool(doubled)
     scale = getattr(pipe, "guidance_scale", None)
-    if scale is not None:
-        return bool(scale > 1)
-    null = getattr(network_of(pipe).config, "num_embeds_ada_norm", None)  # DiT: its null class, in the second half
-    labels = given.get("class_labels")
-    if null is None or labels is None or len(labels) % 2:
-        return False
-    return bool((labels[len(labels) // 2 :] == null).all())
+    if doubled is None and scale is not None:
+        doubled = scale > 1
+    if doubled is None:  # DiT: its null class, in the second half
+        null, labels = getattr(network_of(pipe).config, "num_embeds_ada_norm", None), given.get("class_labels")
+        doubled = null is not None and labels is not None and bool((labels[len(labels) // 2 :] == null).all())
+    # What a pipeline says is of its last run, and the network may be called without it.
+    return bool(doubled) and len(x) % 2 == 0 and torch.equal(*x.chunk(2))

@@ -206,16 +206,12 @@ def train_agd(
     config = resolved(network, config)
     adapters = AGDAdapters(config, Anatomy.of(network, config), training.seed)
     started = time.perf_counter()
-    accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = _accelerator(training)
     facts: dict[str, Any] = {}
     losses: list[float] = []
     full = config.arch == "full"
+    if full and not isinstance(data, (Trajectories, str, Path)):
+        raise InputError("data", type(data).__name__, "Trajectories or a folder: a stream needs its network unchanged")
     with _frozen(network, trained=full):
         network.to(accelerator.device)
         adapters.to(accelerator.device).train()
@@ -235,7 +231,8 @@ def train_agd(
                     group["lr"] = training.learning_rate * _rate(step, training)
                 total = 0.0
                 for _ in range(training.gradient_accumulation_steps):
-                    points = next(batches).to(accelerator.device)
+                    with adapters.disabled():  # a stream samples with the frozen network
+                        points = next(batches).to(accelerator.device)
                     with accelerator.accumulate(student), accelerator.autocast():
                         cond = student(points, alone=True) if training.loss == "cos" else None
                         loss = loss_of(training.loss, student(points), points, cond)
@@ -267,6 +264,15 @@ def train_agd(
     method = AGD(adapters.eval().requires_grad_(False), facts=facts)
     method.result = AGDResult(training.max_steps, losses, share, time.perf_counter() - started)
     return method
+
+
+def _accelerator(training: AGDTrainingConfig) -> Accelerator:
+    plugin = GradientAccumulationPlugin(num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False)
+    try:
+        return Accelerator(mixed_precision=training.mixed_precision, gradient_accumulation_plugin=plugin)
+    except ValueError as error:  # one process has one precision
+        wanted = f"what this process's accelerator has been made with ({error})"
+        raise InputError("mixed_precision", training.mixed_precision, wanted) from None
 
 
 @contextmanager

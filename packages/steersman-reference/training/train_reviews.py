@@ -1,20 +1,23 @@
-r"""Trains the reference models `reviews/base`, `reviews/conditional`, `reviews/value` and `reviews/judge`.
+r"""Trains the reference models `reviews/base`, `reviews/conditional` and `reviews/value`.
 
-    python train_reviews.py tokenizer base conditional value judge provenance
+    python train_reviews.py tokenizer base conditional value provenance
 
-A word-level tokenizer of the grammar's words, then four Llama models on texts drawn from
+A word-level tokenizer of the grammar's words, then three Llama models on texts drawn from
 `steersman.reference.reviews`, of which a tenth (by hash) is held out. A text is `<s> words </s>`; texts are packed
 into rows of ROW tokens, and none sees another (positions begin anew, attention stays within a text).
 
-`base` and `judge` learn P(x): mean next-token cross-entropy.
+`base` learns P(x): mean next-token cross-entropy.
 
-`conditional` learns P(x | codes): before `<s>` stand control codes, of which the loss asks nothing. A tenth of
-the texts has none, six tenths one (an attribute, then its value, drawn evenly), the rest each attribute's with
-probability 1/2; the text is drawn from the law given its codes, so a rare value has as many texts as a common one.
+`conditional` goes on from `base` and learns P(x | codes): before `<s>` stand control codes, of which the loss asks
+nothing. A tenth of the texts has none, six tenths one (an attribute, then its value, drawn evenly), the rest each
+attribute's with probability 1/2; the text is drawn from the law given its codes, so a rare value has as many texts as
+a common one.
 
 `value` learns P(attribute in the end | x_1..k) at every position k: four sigmoids (negative, neutral, positive, rude)
-on the last hidden state, mean binary cross-entropy against what the text is in the end. Half of its texts are drawn
-rude and half polite; each counts with the weight P(r) / (1/2), so that the minimum is still the law's own.
+on the last hidden state, binary cross-entropies against what the text is in the end. Half of its texts are drawn
+rude and half polite; each counts with the weight P(r) / (1/2), so that the minimum is still the law's own. Rudeness is
+rare, so its term of the loss is small and learned last: it counts RUDE_TERM times as much as each of the others, which
+moves no minimum either.
 
 AdamW, linear warm-up, cosine decay to zero, gradients clipped to norm 1; in float32, stored in float16. The network
 is compiled. Everything is seeded and runs on one thread, so the same interpreter, libraries and processor give the
@@ -59,6 +62,7 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 RESERVED = ("<true>", "<false>")  # known to the tokenizer and to no model yet: codes for guides of many topics
 HELD_OUT = 2000  # texts that losses are measured on
 JUDGED = ("negative", "neutral", "positive", "rude")
+RUDE_TERM = 10.0
 P_RUDE = float(reviews.trace("")["rudeness"][0, 1])
 
 
@@ -71,6 +75,7 @@ class Recipe:
         steps: optimizer steps; fixed in advance from a measured speed.
         rate: peak learning rate.
         seed: of the initialisation and of the texts.
+        start: the model whose weights it begins with, or None.
     """
 
     hidden: int
@@ -80,13 +85,13 @@ class Recipe:
     steps: int
     rate: float
     seed: int
+    start: str | None
 
 
 RECIPES = {
-    "base": Recipe(128, 5, 384, 4, 2400, 3e-3, seed=21),
-    "conditional": Recipe(128, 5, 384, 4, 3000, 3e-3, seed=22),
-    "value": Recipe(96, 3, 256, 3, 2600, 3e-3, seed=23),
-    "judge": Recipe(192, 4, 512, 4, 1800, 2e-3, seed=24),
+    "base": Recipe(192, 4, 512, 4, 4000, 2.5e-3, seed=21, start=None),
+    "conditional": Recipe(192, 4, 512, 4, 1300, 1.5e-3, seed=22, start="base"),
+    "value": Recipe(96, 3, 256, 3, 3000, 3e-3, seed=23, start=None),
 }
 
 
@@ -205,7 +210,8 @@ def summed_loss(
     hidden = trunk(**inside).last_hidden_state
     if name == "value":
         logits = model.score(hidden)
-        each = F.binary_cross_entropy_with_logits(logits, x["labels"], reduction="none").mean(-1)
+        each = F.binary_cross_entropy_with_logits(logits, x["labels"], reduction="none")
+        each = each @ torch.tensor([1.0, 1.0, 1.0, RUDE_TERM])
         return (each * x["weights"]).sum(), x["weights"].sum()
     asked = x["targets"] != -100
     logits = model.lm_head(hidden[asked])
@@ -257,6 +263,8 @@ def train(name: str, target: Path, scratch: Path) -> None:
     recipe = RECIPES[name]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch / "tokenizer")
     model = new_model(name, tokenizer)
+    if recipe.start:
+        model.load_state_dict(type(model).from_pretrained(target / recipe.start).state_dict())
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": gains, "weight_decay": 0.0}]
@@ -330,6 +338,32 @@ def entropy() -> float:
     return nats / sum(len(reviews.words(r.text)) + 1 for r in found)
 
 
+def sampled(target: Path, name: str, starts: list[list[int]]) -> list[reviews.Attributes]:
+    """What a stored model writes behind each start (all of one length), from its own law, as the oracle reads it."""
+    model = LlamaForCausalLM.from_pretrained(target / name).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(target / name)
+    torch.manual_seed(0)
+    out = model.generate(torch.tensor(starts), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=POSITIONS - 8)
+    return [reviews.attributes(text) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+def measured(target: Path) -> dict[str, float]:
+    """Shares of grammatical texts (base) and of texts that obey their one code (conditional), 400 texts each or so."""
+    known = PreTrainedTokenizerFast.from_pretrained(target / "base").get_vocab()
+    written = sampled(target, "base", [[known[BOS]]] * 400)
+    asked = [item for item in reviews.CODES for _ in range(32)]
+    obeying = sampled(target, "conditional", [[known[reviews.CODES[item]], known[BOS]] for item in asked])
+    found = {
+        "base_grammatical": float(np.mean([a.grammatical for a in written])),
+        "base_validity": float(np.mean([a.validity for a in written])),
+        "conditional_grammatical": float(np.mean([a.grammatical for a in obeying])),
+    }
+    for attribute in reviews.VALUES:
+        hits = [getattr(a, n) == v for a, (n, v) in zip(obeying, asked, strict=True) if n == attribute]
+        found[f"conditional_obeys_{attribute}"] = float(np.mean(hits))
+    return {name: round(value, 4) for name, value in found.items()}
+
+
 def provenance(target: Path, scratch: Path) -> None:
     """Writes provenance.json: what the files are and what they were made from."""
     sha = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: E731
@@ -348,6 +382,7 @@ def provenance(target: Path, scratch: Path) -> None:
             "rude": round(P_RUDE, 5),
         },
         "source": "drawn from the grammar of steersman.reference.reviews",
+        "samples": measured(target),
         "models": {n: json.loads((scratch / f"{n}.json").read_text()) for n in names},
         "versions": {
             "python": platform.python_version(),

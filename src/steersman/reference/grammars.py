@@ -21,7 +21,6 @@ behind a prefix is then the probability that a sentence begins so, and the sum w
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -180,7 +179,7 @@ class Automaton:
 
     def whole(self, state: Mapping[int, float]) -> float:
         """Probability of the sentence that led to ``state``, as a whole one."""
-        return math.fsum(mass * self._ends[p] for p, mass in state.items())
+        return sum(mass * self._ends[p] for p, mass in state.items())
 
     def next_words(self, state: Mapping[int, float]) -> dict[str, float]:
         """Joint probability of the words so far and each next one; ``END`` is the end of the sentence."""

@@ -18,7 +18,8 @@ probability of a text, of a beginning, of each next word, and of each attribute 
 cold* is praise, *the only bad thing was* is praise. Under 2 % of the texts are rude, and often the last word of a
 sentence decides it (*the porter is a student*, *the porter is a clown*). Most words of insults are innocent elsewhere
 (a film has a clown, a menu a pig), and some insults have no other words at all (*get lost*). A few openings of a
-sentence (*pardon my language,*) are dead ends: nothing rude has been said, and whatever follows will be.
+sentence (*pardon my language,*) are dead ends: nothing rude has been said, and whatever follows will be. A verdict
+(*all in all, ...*) is the last that a polite review says, so going on behind it is a dead end too.
 
 :func:`attributes` reads any text, also one outside the grammar, sentence by sentence. A text is held out if the
 SHA-256 of its words says so, one in ten.

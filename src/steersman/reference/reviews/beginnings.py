@@ -79,7 +79,7 @@ def prompts(
         tokenizer = reference_tokenizer()
     prior, rng = trace(""), random.Random(f"prompts {seed}")
     found: dict[str, Prompt] = {}
-    for review in itertools.islice(draws("heldout", seed, **given), 20 * n + 2000):
+    for review in itertools.islice(draws("heldout", seed, **given), 50 * n + 500):
         ids = tokenizer(review.text, add_special_tokens=False, verbose=False)["input_ids"]
         last = len(ids) - continuation
         cuts = range(SHORTEST, last + 1) if tokens is None else range(tokens, tokens + 1) if tokens <= last else ()
@@ -104,4 +104,4 @@ def prompts(
         found[text] = Prompt(text, tuple(ids[:cut]), follows, tuple(ids[cut:]), review, p)
         if len(found) == n:
             return list(found.values())
-    raise InputError("n", n, f"at most {len(found)} (different beginnings of this kind in {20 * n + 2000} reviews)")
+    raise InputError("n", n, f"at most {len(found)} (different beginnings of this kind in {50 * n + 500} reviews)")

@@ -68,20 +68,13 @@ class _Law:
         latents: indices of topic, sentiment, rudeness and length (H, 4).
         prior: P(t, s, r, n, j) (H,).
         sentences: n (H,).
-        role: of each sentence (H, 6), -1 behind the last.
-        mix: P(kind | role, t, s) (4, 5, 3, kinds).
+        kinds: P(kind of sentence i | t, s, r, n, j) (6, H, kinds); 0 behind the last sentence.
     """
 
     latents: np.ndarray
     prior: np.ndarray
     sentences: np.ndarray
-    role: np.ndarray
-    mix: np.ndarray
-
-    def sentence_law(self, weights: np.ndarray, i: int) -> np.ndarray:
-        """Joint weights of hypothesis and kind of sentence i (H, kinds)."""
-        t, s, role = self.latents[:, 0], self.latents[:, 1], self.role[:, i]
-        return np.where(role >= 0, weights, 0.0)[:, None] * self.mix[role, t, s]
+    kinds: np.ndarray
 
 
 @cache
@@ -104,7 +97,9 @@ def _law() -> _Law:
             topic = slice(None) if kind.topic is None else kind.topic
             sentiment = slice(None) if kind.sentiment is None else kind.sentiment
             mix[r, topic, sentiment, k] = law.get(kind.name, 0.0)
-    return _Law(np.array(latents), np.array(prior), np.array(sentences), np.array(role), mix)
+    index, place = np.array(latents), np.array(role)
+    by_sentence = mix[place, index[:, :1], index[:, 1:2]] * (place >= 0)[..., None]
+    return _Law(index, np.array(prior), np.array(sentences), np.ascontiguousarray(by_sentence.swapaxes(0, 1)))
 
 
 # --- drawing ------------------------------------------------------------------------------------------------
@@ -153,8 +148,8 @@ def draws(split: str, seed: int, **given: str) -> Iterator[Review]:
         h = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
         t, s, r, length = (int(i) for i in law.latents[h])
         said: list[str] = []
-        for role in law.role[h, : law.sentences[h]]:
-            kind = kinds()[pick(law.mix[role, t, s].tolist(), rng)]
+        for i in range(law.sentences[h]):
+            kind = kinds()[pick(law.kinds[i, h].tolist(), rng)]
             said += draw(kind.expression, rng)
         text = join(said)
         if is_held_out(text) == (split == "heldout"):
@@ -195,7 +190,7 @@ class _Behind:
         if not self.open:
             return self.weights
         begun = np.array([sum(state.values()) for state in self.states])
-        return _law().sentence_law(self.weights, self.sentences) @ begun
+        return self.weights * (_law().kinds[self.sentences] @ begun)
 
     def ended(self) -> np.ndarray:
         """Joint weights where nothing more comes (H,)."""
@@ -205,7 +200,7 @@ class _Behind:
 def _walk(said: Sequence[str], allowed: np.ndarray) -> Iterator[_Behind]:
     """What is known before the first word, and behind each."""
     law, automata = _law(), [kind.automaton for kind in kinds()]
-    most = law.role.shape[1]
+    most = len(law.kinds)
     start = tuple(a.begin() for a in automata)
     behind = _Behind(law.prior * allowed, 0, start, False)
     yield behind
@@ -218,7 +213,7 @@ def _walk(said: Sequence[str], allowed: np.ndarray) -> Iterator[_Behind]:
             behind = _Behind(behind.weights, behind.sentences, states, True)
             if word in STOPS:
                 whole = np.array([a.whole(state) for a, state in zip(automata, states, strict=True)])
-                weights = law.sentence_law(behind.weights, behind.sentences) @ whole
+                weights = behind.weights * (law.kinds[behind.sentences] @ whole)
                 behind = _Behind(weights, behind.sentences + 1, start, False)
         yield behind
 
@@ -293,8 +288,8 @@ def next_words(prefix: str, **given: str) -> dict[str, float]:
     end = float(behind.ended().sum())
     if end:
         found[END] = end
-    if behind.sentences < _law().role.shape[1]:
-        by_kind = _law().sentence_law(behind.weights, behind.sentences).sum(0)
+    if behind.sentences < len(_law().kinds):
+        by_kind = behind.weights @ _law().kinds[behind.sentences]
         for weight, kind, state in zip(by_kind, kinds(), behind.states, strict=True):
             if weight and state:
                 for word, p in kind.automaton.next_words(state).items():

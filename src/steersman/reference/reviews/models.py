@@ -30,13 +30,12 @@ def language_model(name: str = "base") -> tuple[PreTrainedModel, PreTrainedToken
     """A causal language model and its tokenizer.
 
     Args:
-        name: ``"base"``, ``"conditional"`` (its texts begin with :func:`codes`, then ``<s>``), or ``"judge"``, larger
-            and of other seeds.
+        name: ``"base"``, or ``"conditional"``, whose texts begin with :func:`codes`, then ``<s>``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if name not in ("base", "conditional", "judge"):
-        raise InputError("name", name, "base, conditional or judge")
+    if name not in ("base", "conditional"):
+        raise InputError("name", name, "base or conditional")
     folder = _folder(name)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from diffusers import ClassifierFreeGuidance, DDIMScheduler, DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 from torch.nn import functional as F
 
+from steersman import catalog
 from steersman.diffusion import (
     AGD,
     AGDAdapters,
@@ -857,6 +858,15 @@ def test_apply_reads_prompts_and_class_numbers(tmp_path):
     tiny.unconditional().save_pretrained(str(tmp_path / "plain"))
     with pytest.raises(InputError, match="prompts or classes"):
         apply(tmp_path / "plain", None, tmp_path / "more", **tiny_fit)
+
+
+def test_the_cards_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = catalog.card("agd").text.partition("## Use\n")[2]
+    found: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], found)
+    assert len(found["images"]) == 2 and found["agd"].guidance_scale == 2.0
+    assert (tmp_path / "my-agd" / "agd.safetensors").is_file()
 
 
 # ------------------------------------------------------------------ bad input

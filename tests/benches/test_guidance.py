@@ -127,10 +127,17 @@ def test_bad_input_is_one_sentence(contenders, grid, message):
 
 
 def test_unconditional_pipelines_are_refused(world):
-    with pytest.raises(InputError, match="takes no guidance"):
+    with pytest.raises(InputError, match=r"subject='mine.py:unconditional' .* nothing to guide"):
         run(["cfg"], "mine.py:unconditional")
+
+
+def test_a_factory_that_fails_is_said(world):
+    Path("failing.py").write_text("def pipe():\n    raise RuntimeError('no weights\\nhere')\n")
+    with pytest.raises(InputError, match=r"subject='failing.py:pipe' .* \(RuntimeError: no weights here\)"):
+        run(["cfg"], "failing.py:pipe")
 
 
 def test_only_guiders_of_two_branches_are_accepted():
     assert guider_of_diffusers("AdaptiveProjectedGuidance") is not None
+    assert guider_of_diffusers("AutoGuidance") is None  # its second output is of a network without some layers
     assert guider_of_diffusers("SkipLayerGuidance") is None and guider_of_diffusers("Guidance") is None

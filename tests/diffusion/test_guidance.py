@@ -14,8 +14,16 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 
-from steersman.diffusion import ClassConditionalPipeline, DPMSolverPPScheduler, Guidance, StockGuidance, installed
-from steersman.diffusion.guidance import Moment, alpha_bar, both_branches
+from steersman.diffusion import (
+    ClassConditionalPipeline,
+    DPMSolverPPScheduler,
+    Guidance,
+    StockGuidance,
+    installed,
+    load_steered,
+    save_steered,
+)
+from steersman.diffusion.guidance import Moment, _own_channels, alpha_bar, both_branches
 from steersman.errors import InputError
 from tests.diffusion import tiny
 
@@ -230,6 +238,39 @@ def test_stock_guiders_act_in_classic_pipelines(pipe):
         assert not torch.allclose(draw(pipe, 9.0), own, atol=1e-4)
 
 
+def test_stock_guiders_with_momentum_have_it_in_each_run_anew():
+    pipe, seen = classes(), []
+    guider = AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=-0.75)
+    same = AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=-0.75)
+
+    class Beside(StockGuidance):
+        def guide(self, cond, uncond, moment):
+            same.set_state(moment.i, moment.n, torch.tensor(moment.timestep))
+            same.prepare_inputs({})  # as modular pipelines do it
+            seen.append((super().guide(cond, uncond, moment), same.forward(cond, uncond).pred))
+            return seen[-1][0]
+
+    with Beside(guider).install(pipe):
+        first = draw(pipe, 2.0)
+        assert torch.equal(draw(pipe, 2.0), first)
+    assert all(torch.equal(a, b) for a, b in seen)
+    with StockGuidance(AdaptiveProjectedGuidance(guidance_scale=3.0)).install(pipe):
+        assert not torch.allclose(draw(pipe, 2.0), first, atol=1e-4)
+
+
+def test_stock_guiders_are_saved_with_their_pipeline(tmp_path):
+    pipe = classes()
+    StockGuidance(ClassifierFreeGuidance(guidance_scale=3.0, stop=0.5)).install(pipe)
+    own = draw(pipe, 2.0)
+    save_steered(pipe, tmp_path)
+    again = load_steered(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, 2.0), own)
+    (tmp_path / "steering" / "0" / "guider_config.json").write_text('{"_class_name": "AutoGuidance"}')
+    with pytest.raises(InputError, match="guiders of two branches"):
+        load_steered(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def modular():
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -311,6 +352,55 @@ def test_a_guidance_distilled_network_is_refused():
     pipe.unet = tiny._unet(time_cond_proj_dim=8)
     with CFG().install(pipe), pytest.raises(InputError, match="distilled into this network"):
         draw(pipe, 3.0)
+
+
+def test_batches_that_are_not_two_branches_are_refused():
+    """Three branches of two prompts are six rows: an even number, which says nothing."""
+    plain = tiny.stable_diffusion()
+    plain.unet = tiny._unet(in_channels=8)
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**plain.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {name: value.expand(2, -1, -1) for name, value in tiny.EMBEDS.items() if value.ndim == 3}
+    arguments = {"image": torch.rand(2, 3, 16, 16), "num_inference_steps": 2, "output_type": "latent"} | embeds
+    pipe(image_guidance_scale=1.5, guidance_scale=3.0, **arguments)
+    with CFG().install(pipe), pytest.raises(InputError, match=r"InstructPix2PixPipeline.* both in one batch"):
+        pipe(image_guidance_scale=1.5, guidance_scale=3.0, **arguments)
+
+
+def test_the_sample_is_found_among_the_channels():
+    network = tiny._unet(in_channels=9)  # of 4 output channels
+    assert _own_channels(network, torch.zeros(2, 9, 8, 8)).shape == (2, 4, 8, 8)  # inpainting
+    assert _own_channels(network, torch.zeros(2, 14, 9, 8, 8)).shape == (2, 14, 4, 8, 8)  # a video, frames first
+    assert _own_channels(network, torch.zeros(2, 64, 9)).shape == (2, 64, 9)  # tokens
+
+
+def test_levels_are_read_once_and_only_inside_the_schedule():
+    scheduler = DDIMScheduler()
+    first = alpha_bar(scheduler, 500)
+    table = scheduler.alphas_cumprod
+    assert first == float(table[500].double())
+    with pytest.raises(InputError, match="from 0 to 999"):
+        alpha_bar(scheduler, -0.4)
+    continuous = EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous", sigma_max=700.0)
+    with pytest.raises(InputError, match="with timesteps"):
+        alpha_bar(continuous, 1.6)
+
+
+def test_hooks_are_not_traced_in_a_network_compiled_in_place():
+    pipe, graphs = classes(), []
+    own = draw(pipe, 3.0, num_inference_steps=12)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    pipe.unet.compile(backend=backend)
+    with CFG(3.0).install(pipe):
+        torch.testing.assert_close(draw(pipe, 2.0, num_inference_steps=12), own)
+        many = len(graphs)
+        draw(pipe, 2.0, num_inference_steps=12)
+    assert len(graphs) == many
 
 
 def test_two_guidances_and_wrong_objects_are_refused():

@@ -192,7 +192,13 @@ class PipelineBench:
 
             return _quiet(Subject(spec, gaussians_model.pipeline(spec), "points", gaussians.mixture(spec)))
         if found.kind == "factory":
-            pipe = subjects.load_callable(spec, "subject")()
+            try:
+                pipe = subjects.load_callable(spec, "subject")()
+            except InputError:
+                raise
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                raise InputError("subject", spec, f"a factory that returns a pipeline ({reason})") from error
         elif found.kind == "endpoint":
             raise InputError("subject", spec, "gaussians, digits, a diffusers pipeline, or file.py:factory of one")
         else:

@@ -37,7 +37,7 @@ from steersman.benches._pipelines import (
     sample,
     stand_ins,
 )
-from steersman.diffusion.guidance import Guidance, StockGuidance, unannounced
+from steersman.diffusion.guidance import Guidance, StockGuidance, of_two_branches, unannounced
 from steersman.engine import subjects
 from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import checked_knobs
@@ -141,6 +141,9 @@ class GuidanceBench(PipelineBench):
     def check(self, s: Subject, setting: Setting) -> None:
         if s.kind == "points":
             raise InputError("subject", s.spec, "a pipeline of images with labels or prompts")
+        if s.kind != "text" and (not s.classes or s.pipe.config.get("null_label") is None):
+            wanted = "a pipeline with prompts, or with labels and a null label: this one has nothing to guide"
+            raise InputError("subject", s.spec, wanted)
         super().check(s, setting)
         if setting["score"] is not None:
             subjects.load_callable(setting["score"], "score")
@@ -281,7 +284,7 @@ def guider_of_diffusers(name: str) -> PartInfo | None:
     if not name.endswith("Guidance") or not name.isidentifier():
         return None
     kind = getattr(diffusers, name, None)
-    if not isinstance(kind, type) or getattr(kind, "_input_predictions", None) != ["pred_cond", "pred_uncond"]:
+    if not of_two_branches(kind):
         return None
     line = f"StockGuidance(diffusers.{name}({{knobs}})).install(pipe)"
     return PartInfo(kind, f"{name} of diffusers", line)

@@ -18,8 +18,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, TypeGuard, cast
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
@@ -160,7 +161,7 @@ class Guidance(Installable, BaseGuidance):
         with unannounced():
             super().__init__()
         self._scheduler: Any = None
-        self._times: Tensor | None = None
+        self._values: list[float] = []
         self._hooks: list[Any] = []
         self._x: Tensor | None = None
         self._moment: Moment | None = None
@@ -208,10 +209,19 @@ class Guidance(Installable, BaseGuidance):
         self._scheduler = scheduler
         return self
 
+    def new(self, **kwargs: Any) -> Any:
+        """A guider of the same settings, but for ``kwargs``."""
+        # By keyword: diffusers' own takes what was given by position for a default, and drops it.
+        settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return type(self)(**(settings | kwargs))
+
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         super().set_state(step, num_inference_steps, timestep)
         self._x = None
-        self._moment = Moment(step, num_inference_steps, float(timestep), None, self._scheduler)
+        if step == 0:
+            self._values = [] if self._scheduler is None else remaining(self._scheduler, timestep)
+        told = self._values[step] if step < len(self._values) else float(timestep)
+        self._moment = Moment(step, num_inference_steps, told, None, self._scheduler)
         if step == 0:
             self.begin(self._moment)
         needed = self.needs_uncond(self._moment) if self._enabled else False
@@ -301,17 +311,40 @@ class StockGuidance(Guidance):
     """
 
     def __init__(self, guider: BaseGuidance) -> None:
-        if not isinstance(guider, BaseGuidance) or guider._input_predictions != Guidance._input_predictions:
+        if not isinstance(guider, BaseGuidance) or not of_two_branches(type(guider)):
             raise InputError("guider", type(guider).__name__, "one of diffusers' guiders of pred_cond and pred_uncond")
         super().__init__()
         self.guider: Any = guider
 
     def needs_uncond(self, moment: Moment) -> bool:
         self.guider.set_state(step=moment.i, num_inference_steps=moment.n, timestep=torch.tensor(moment.timestep))
+        self.guider.prepare_inputs({})  # where guiders with a momentum forget the run before
         return self.guider.num_conditions > 1
 
     def guide(self, cond: Tensor, uncond: Tensor | None, moment: Moment) -> Tensor:
         return cast(Tensor, self.guider.forward(cond, uncond)[0])
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        self.guider.save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> StockGuidance:  # type: ignore[override]
+        """What ``save_pretrained`` wrote: a folder that diffusers can read, too.
+
+        Raises:
+            InputError: there is none, or not of a guider with two branches.
+        """
+        try:
+            config: Any = BaseGuidance.load_config(folder)
+            name = config["_class_name"]
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError("folder", str(folder), f"one that a guider's save_pretrained wrote ({reason})") from None
+        kind: Any = getattr(diffusers, str(name), None)
+        if not of_two_branches(kind):
+            raise InputError("folder", f"{folder} of {name}", "of one of diffusers' guiders of two branches")
+        with unannounced():
+            return cls(kind.from_pretrained(folder))
 
 
 class _Run:
@@ -322,7 +355,7 @@ class _Run:
         self.cond_first = type(pipe).__name__ in COND_FIRST
         self.times: Tensor | None = None  # the scheduler's tensor, a new one in each run
         self.values: list[float] = []
-        self.i = self.offset = self.n = 0
+        self.i = self.n = 0
         self.moment: Moment | None = None
         self.rows: Tensor | None = None
         self.full, self.alone = True, False
@@ -339,7 +372,7 @@ class _Run:
             wanted = f"at most the {self.n} calls of the scheduler's plan (one of both branches for each timestep)"
             raise InputError("call of the network", self.i + 1, wanted)
         half = _own_channels(module, x[: len(x) // 2])
-        self.moment = Moment(self.i, self.n, self.values[self.offset + self.i], half, self.pipe.scheduler)
+        self.moment = Moment(self.i, self.n, self.values[self.i], half, self.pipe.scheduler)
         if self.i == 0:
             self.guidance.begin(self.moment)
         needed = self.guidance.needs_uncond(self.moment)
@@ -405,15 +438,11 @@ class _Run:
         # The device is waited for here, once a run; from here on all values are known.
         if not doubled or not _twice(module, x):
             self._refuse_single()
-        self.values = [float(t) for t in scheduler.timesteps.tolist()]
-        t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-        found = [i for i, value in enumerate(self.values) if abs(value - t) < 1e-3]
-        if not found:
+        self.values = remaining(scheduler, timestep)
+        if not self.values:
+            t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
             raise InputError("timestep", t, "one of the scheduler's timesteps")
-        begin = getattr(scheduler, "begin_index", None)
-        self.offset = begin if begin in found else found[0]
-        self.n = len(self.values) - self.offset
-        self.i, self.times = 0, scheduler.timesteps
+        self.i, self.n, self.times = 0, len(self.values), scheduler.timesteps
 
     def _refuse_single(self) -> None:
         name, pipe = type(self.guidance).__name__, type(self.pipe).__name__
@@ -444,6 +473,14 @@ def unannounced() -> Iterator[None]:
         announcer.setLevel(level)
 
 
+def of_two_branches(kind: Any) -> TypeGuard[type[BaseGuidance]]:
+    """Whether a class is a guider that only makes one of two outputs (AutoGuidance cuts layers for its second)."""
+    if not isinstance(kind, type) or not issubclass(kind, BaseGuidance):
+        return False
+    own = kind.prepare_models is BaseGuidance.prepare_models or issubclass(kind, Guidance)
+    return own and kind._input_predictions == Guidance._input_predictions
+
+
 def network_of(pipe: Any) -> torch.nn.Module:
     """The denoising network of a pipeline.
 
@@ -455,6 +492,15 @@ def network_of(pipe: Any) -> torch.nn.Module:
         if isinstance(network, torch.nn.Module):
             return network
     raise InputError("pipe", type(pipe).__name__, "a pipeline with a unet or a transformer")
+
+
+def remaining(scheduler: Any, timestep: Any) -> list[float]:
+    """The timesteps of the run that begins at ``timestep``, known without the device; none if it is not one of them."""
+    values = [float(t) for t in scheduler.timesteps.tolist()]
+    t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+    found = [i for i, value in enumerate(values) if abs(value - t) < 1e-3]
+    begin = getattr(scheduler, "begin_index", None)
+    return values[begin if begin in found else found[0] :] if found else []
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -583,6 +583,8 @@ def test_stable_diffusion_through_the_twin_and_by_a_scale_for_each_step():
         found = pipe(**asked).images
         pipe.scheduler = DDIMScheduler.from_config(method._own.config)  # by the user, while it is installed
         by_scales = pipe(**asked).images
+        assigned = pipe.scheduler
+    assert pipe.scheduler is assigned  # what the user has assigned stays
     assert (found - by_scales).abs().max() <= 1e-5
     pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(

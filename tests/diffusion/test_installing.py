@@ -67,6 +67,32 @@ def test_the_last_comes_off_first(pipe):
     assert torch.equal(draw(pipe), plain) and installed(pipe) == ()
 
 
+def test_a_failure_is_seen_though_something_is_still_on_top(pipe):
+    with pytest.raises(ZeroDivisionError), Scaled().install(pipe):
+        Scaled().install(pipe)
+        1 / 0  # noqa: B018
+    assert installed(pipe) == ()
+
+
+def test_methods_come_back_where_one_cannot_be_taken_off(pipe):
+    class Stuck(Unsaved):
+        def detach(self, pipe):
+            raise RuntimeError("stuck")
+
+    stuck, scaled = Stuck().install(pipe), Scaled().install(pipe)
+    with pytest.raises(RuntimeError, match="stuck"), module.taken_off(pipe):
+        pass
+    assert installed(pipe) == (stuck, scaled)
+
+
+def test_a_pipeline_is_loaded_in_half_precision(pipe, tmp_path, monkeypatch):
+    Scaled(2.0).install(pipe)
+    save_steered(pipe, tmp_path / "saved")
+    monkeypatch.setattr(module, "_known", {"Scaled": Scaled}.__getitem__)
+    again = load_steered(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    assert again.unet.dtype == torch.bfloat16 and len(installed(again)) == 1
+
+
 def test_what_fails_to_attach_is_not_installed(pipe):
     class Failing(Unsaved):
         def attach(self, pipe):

@@ -86,6 +86,12 @@ class Installable:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        if failure and failure[0] is not None and self._pipe is not None:
+            # What was put on top goes, too: the failure is to be seen, not a refusal.
+            for method in reversed(installed(self._pipe)):
+                if method is self:
+                    break
+                method.uninstall()
         self.uninstall()
 
 
@@ -105,13 +111,14 @@ def installed(pipe: Any) -> tuple[Installable, ...]:
 def taken_off(pipe: Any) -> Iterator[None]:
     """The plain pipeline, for as long as the context lasts; then all methods are on it again, in the same order."""
     stack = installed(pipe)
-    for method in reversed(stack):
-        method.uninstall()
     try:
+        for method in reversed(stack):
+            method.uninstall()
         yield
     finally:
         for method in stack:
-            method.install(pipe)
+            if method._pipe is None:
+                method.install(pipe)
 
 
 def save_steered(pipe: Any, folder: str | Path) -> None:
@@ -138,11 +145,14 @@ def save_steered(pipe: Any, folder: str | Path) -> None:
     (folder / INDEX).write_text(json.dumps(entries, indent=1) + "\n")
 
 
-def load_steered(folder: str | Path, **overrides: dict[str, Any]) -> Any:
+def load_steered(
+    folder: str | Path, *, torch_dtype: Any = None, device: Any = None, **overrides: dict[str, Any]
+) -> Any:
     """The pipeline that :func:`save_steered` wrote, with its methods installed again, in the same order.
 
     Args:
         folder: where it is.
+        torch_dtype, device: of the pipeline before the methods are installed; by default diffusers' (float32, the CPU).
         overrides: keyword arguments of a class's ``from_pretrained``, by the class's name: what can't be saved, like
             ``FKSteering={"reward": score}``.
 
@@ -162,6 +172,8 @@ def load_steered(folder: str | Path, **overrides: dict[str, Any]) -> Any:
         if name not in [found for found, _ in classes]:
             raise InputError("override", name, nearest(name, [found for found, _ in classes]))
     pipe = load_pipeline(folder)
+    if torch_dtype is not None or device is not None:
+        pipe.to(device, torch_dtype)
     for name, own in classes:
         kind = _known(name)
         kind.from_pretrained(own, **overrides.get(name, {})).install(pipe)

@@ -84,6 +84,7 @@ class CFGPlusPlus(Guidance):
         super().__init__()
         self.scale, self.reference_steps, self.history = float(scale), reference_steps, history
         self._own: Any = None
+        self._twin: Any = None
         self._effective = self.scale
         self._scales: dict[float, float] | None = None
 
@@ -120,12 +121,14 @@ class CFGPlusPlus(Guidance):
             allowed = "None: this scheduler shifts its times by the image's size"
             raise InputError("reference_steps", self.reference_steps, allowed)
         super().attach(pipe)
-        self._own = own
+        self._own, self._twin = own, scheduler
         pipe.scheduler = scheduler
 
     def detach(self, pipe: Any) -> None:
         super().detach(pipe)
-        pipe.scheduler, self._own = self._own, None
+        if pipe.scheduler is self._twin:  # unless another one was assigned since
+            pipe.scheduler = self._own
+        self._own = self._twin = None
 
 
 def check_scale(scale: Any, allow_extrapolation: bool = False) -> None:

@@ -141,6 +141,11 @@ class PromptExperts(PipelineBench):
         h.installs.append(self.parts()[part.id].build(**checked_knobs(self.parts()[part.id].build, part)))
 
     def trial(self, h: Host, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # empty experts are a figure here
+            return self._trial(h, setting, rng, log)
+
+    def _trial(self, h: Host, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         s, made = h.subject, h.installs.pop()
         prompts = captioned(setting["samples"], "held-out", rng.torch("prompts"))
         figures: dict[str, float] = {}
@@ -157,7 +162,7 @@ class PromptExperts(PipelineBench):
             if pruner.history:
                 last = [entry["predictor_gradient"] for entry in pruner.history[-10:]]
                 figures["predictor_gradient"] = float(np.mean(last))
-            if made.experts > 1:
+            if pruner.config.experts > 1:
                 figures |= use(where, np.array([macs[k] for k in where]), prompts.said, made.experts, rng)
                 figures["range"] = max(macs.values()) - min(macs.values())
         figures["multiply_adds"] = float(np.mean([macs[int(k)] for k in where]))
@@ -207,9 +212,7 @@ class PromptExperts(PipelineBench):
         pruner = copy.copy(self._routers[key])
         pruner.router, pruner.config = copy.deepcopy(pruner.router), copy.copy(pruner.config)
         pruner.config.balanced, pruner.finetuning = made.balanced, {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # empty experts are a figure here
-            pruner.prune()
+        pruner.prune()
         if setting["finetune"]:
             pruner.finetune(max(1, round(setting["finetune"] / len(pruner.experts))))
         self._routers[of_experts] = pruner

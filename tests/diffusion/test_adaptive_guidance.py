@@ -19,6 +19,7 @@ from steersman.diffusion import ClassConditionalPipeline, DDIMScheduler, DPMSolv
 from steersman.diffusion.adaptive_guidance import (
     AdaptiveGuidance,
     Chain,
+    Coefficients,
     GuidancePolicy,
     LinearAdaptiveGuidance,
     Regression,
@@ -33,8 +34,9 @@ from steersman.diffusion.adaptive_guidance import (
     similarity,
     soft_loss,
 )
-from steersman.diffusion.adaptive_guidance.linear import _Recorder
+from steersman.diffusion.adaptive_guidance.linear import _Recorder, _scheduler_of
 from steersman.diffusion.adaptive_guidance.trajectories import Runs
+from steersman.diffusion.dpm_ot import probe
 from steersman.diffusion.fk_steering import FKSteering
 from steersman.diffusion.guidance import Moment, both_branches
 from steersman.errors import InputError
@@ -575,7 +577,7 @@ def test_a_search_on_a_text_to_image_pipeline():
     pipe.set_progress_bar_config(disable=True)
     settings = {"scale": 3.0, "steps": 3, "iterations": 1, "weights": (1.0,), "gradient": "schedule"}
     found = search_policy(pipe, ["a small red circle"], negative_prompt="a large blue cross", **settings)
-    assert found.cost <= 4 and 0 < found.loss and found.conditional_loss > 0
+    assert found.cost <= 4 and found.loss > 0 and found.conditional_loss > 0
     assert pipe.unet.conv_in.weight.requires_grad and "step" not in vars(pipe.scheduler)
 
 
@@ -728,11 +730,33 @@ def test_it_is_a_guider_of_modular_pipelines(modular, tmp_path):
     assert torch.equal(modular_draw(modular, method), cut)  # one guider, used again
     torch.testing.assert_close(modular_draw(modular, GuidancePolicy.static_cut(3.0, 6, 2)), cut)
     method.save_pretrained(tmp_path)
+    copy = method.new(threshold=0.5)
+    assert (copy.scale, copy.threshold, copy.min_steps) == (3.0, 0.5, 2)
     again = AdaptiveGuidance.from_pretrained(tmp_path).bind(modular.scheduler)
     assert torch.equal(modular_draw(modular, again), cut)
     rows.clear()
     modular_draw(modular, GuidancePolicy([3.0, 0.0, 1.0, 3.0, 0.0, 1.0]))
     assert rows == [2] * 8
+
+
+def test_linear_ag_is_a_guider_of_modular_pipelines(modular):
+    """With the present conditional prediction as the estimate, a linear step is the condition alone."""
+    zeros = torch.zeros(6, 6, dtype=torch.float64)
+    copying = Coefficients(zeros + torch.eye(6), zeros, zeros[0], zeros[0], zeros[0])
+    scheduler = modular.scheduler
+    scheduler.set_timesteps(6)
+    made_for = {"timesteps": scheduler.timesteps.tolist(), "scale": 3.0, **_scheduler_of(scheduler)}
+    method = LinearAdaptiveGuidance(3.0)
+    method._take(copying, made_for, probe(modular.unet))
+    rows = counted(modular)
+    found = modular_draw(modular, method.bind(scheduler))
+    assert len(rows) == method.cost == 8
+    wanted = modular_draw(modular, GuidancePolicy([3.0, 1.0, 3.0, 1.0, 1.0, 1.0]))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(modular_draw(modular, method.new().bind(scheduler)), found)
+    method._take(copying, made_for, probe(tiny.unconditional().unet))
+    with pytest.raises(InputError, match=r"network='UNet2DConditionModel' .* were fitted to"):
+        modular_draw(modular, method)
 
 
 def test_rows_of_a_modular_batch_are_cut_one_by_one(modular):

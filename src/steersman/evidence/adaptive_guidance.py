@@ -271,8 +271,8 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     digits = {"steps": [20], "samples": 500 if full else 200, "guidance": 3.0}
     found = {"digits": Study(bench, tuple(contenders(3.0).values()), "digits", digits)}
     if full:
-        for s in (3.0, 5.0, 7.5):
-            grid = {"steps": [20], "samples": 240, "guidance": s}
+        for s in (3.0, 7.5):
+            grid = {"steps": [20], "samples": 120, "guidance": s}
             found[f"scenes-w{s:g}"] = Study(bench, tuple(contenders(s).values()), "scenes", grid)
         for s in (5.0, 7.5):
             found[f"digits-w{s:g}"] = Study(bench, tuple(contenders(s).values()), "digits", digits | {"guidance": s})

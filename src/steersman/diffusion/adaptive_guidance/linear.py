@@ -273,6 +273,7 @@ class LinearAdaptiveGuidance(AdaptiveGuidance):
             checked_steps("window", window)
         if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 <= ridge < 1:
             raise InputError("ridge", ridge, "a number from 0, below 1")
+        cls(scale, pattern)  # a wrong name is refused before anything is run
         runs = Runs(pipe, asked, 2.0, steps, seed, batch, arguments)
         made: Self | None = None
         for round_ in range(1, rounds + 1):
@@ -281,6 +282,7 @@ class LinearAdaptiveGuidance(AdaptiveGuidance):
             for i, rows in enumerate(runs):
                 runs(rows, recorder)
                 if regression is None:
+                    pattern_modes(pattern, len(recorder.cond))
                     regression = Regression(len(recorder.cond))
                 regression.add(recorder.cond, recorder.used, recorder.target)
                 if log is not None:
@@ -298,7 +300,7 @@ class LinearAdaptiveGuidance(AdaptiveGuidance):
     def _take(self, coefficients: Coefficients, made_for: dict[str, Any], network: tuple[str, Tensor]) -> None:
         self.modes = pattern_modes(self.pattern, coefficients.steps)
         self.coefficients, self.made_for, self._probe = coefficients, made_for, network
-        self._last_use = coefficients.last_use(self.modes)
+        self._last_use, self._checked = coefficients.last_use(self.modes), None
 
     @property
     def cost(self) -> int:

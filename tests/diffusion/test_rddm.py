@@ -18,7 +18,7 @@ from steersman.diffusion.adaptive_guidance import AdaptiveGuidance
 from steersman.diffusion.images import load_pipeline
 from steersman.diffusion.rddm import Levels, Pairs, apply, choose_objective, increments, read_pairs, train_rddm
 from steersman.diffusion.rddm.levels import Level, grid
-from steersman.diffusion.rddm.pipeline import Networks
+from steersman.diffusion.rddm.pipeline import Networks, as_images
 from steersman.diffusion.rddm.predictions import estimate, noise_of_residual, residual_of_noise, targets
 from steersman.diffusion.rddm.training import TrainingConfig, make_network
 from steersman.engine.artefacts import run_verb
@@ -921,3 +921,16 @@ def test_networks_that_do_not_fit_the_scheduler_are_refused():
         masked(torch.zeros(1, 3, 8, 8))
     with pytest.raises(InputError, match="image's size"):
         masked(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 9))
+
+
+def test_images_of_sixteen_bits_keep_their_values(tmp_path):
+    values = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
+    for name in ("input", "target"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "a.png")
+    wanted = torch.from_numpy(values.astype(np.float32) / 65535)
+    torch.testing.assert_close(read_pairs(tmp_path).target[0][0], wanted)
+    torch.testing.assert_close(as_images("image", Image.open(tmp_path / "input" / "a.png"))[0, 0], wanted)
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "input" / "a.tiff")
+    with pytest.raises(InputError, match=r"image='image of mode F' .* 8 or 16 bits"):
+        as_images("image", Image.open(tmp_path / "input" / "a.tiff"))

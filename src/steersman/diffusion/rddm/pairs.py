@@ -205,11 +205,24 @@ def _check_partners(lists: Mapping[str, Mapping[str, Path]]) -> None:
 def _read(path: Path, grey: bool) -> Tensor:
     try:
         with Image.open(path) as image:
-            plain = grey or image.mode in ("1", "L", "I", "I;16", "F")
-            array = np.asarray(image.convert("L" if plain else "RGB"), dtype=np.float32) / 255
+            array = pixels(str(path), image, grey)
     except (UnidentifiedImageError, OSError) as error:
         raise InputError("input", str(path), f"an image file that can be read ({error})") from None
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def pixels(name: str, image: Image.Image, grey: bool = False) -> np.ndarray:
+    """An image's values in [0, 1], (H, W) of a grey one, else (H, W, 3); of 8 or 16 bits.
+
+    Raises:
+        InputError: values of more bits, whose range nobody knows.
+    """
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut all of it off at 255
+        return np.asarray(image, dtype=np.float32) / 65535
+    if image.mode in ("I", "F"):
+        raise InputError("image", f"{name} of mode {image.mode}", "of 8 or 16 bits a channel")
+    plain = grey or image.mode in ("1", "L")
+    return np.asarray(image.convert("L" if plain else "RGB"), dtype=np.float32) / 255
 
 
 def _tensors(name: str, array: np.ndarray) -> list[Tensor]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from steersman.diffusion.rddm.levels import Level, PathName
+from steersman.diffusion.rddm.pairs import pixels
 from steersman.diffusion.rddm.predictions import heads
 from steersman.diffusion.rddm.scheduler import RDDMScheduler
 from steersman.diffusion.scheduler import ROOM
@@ -258,7 +259,7 @@ def as_images(name: str, given: Any) -> Tensor:
             raise InputError(name, ", ".join(sizes), "of one size and number of channels")
         return torch.cat(parts)
     if isinstance(given, Image.Image):
-        given = np.asarray(given if given.mode in ("L", "RGB") else given.convert("RGB"))
+        given = pixels(name, given)
         given = given[None, ..., None] if given.ndim == 2 else given[None]
     if isinstance(given, np.ndarray):
         array = given.astype(np.float32) / (255 if given.dtype == np.uint8 else 1)

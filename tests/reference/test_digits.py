@@ -211,7 +211,7 @@ def test_a_changed_or_missing_file_is_noticed(tmp_path, monkeypatch):
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(loading, "_root", lambda: None)
-    assert loading.names() == ["digits", "docs", "gaussians", "leaf-spine", "photographs", "scenes"]
+    assert loading.names() == ["digits", "docs", "gaussians", "leaf-spine", "photographs", "reviews", "scenes"]
     with pytest.raises(MissingExtra, match=r"pip install 'steersman\[reference\]'"):
         digits.pipeline()
     assert loading.path("gaussians") is None

@@ -45,7 +45,7 @@ from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.errors import InputError, TrialError, nearest
 from steersman.language.contrastive_search import ContrastiveSearch
-from steersman.reference import docs, loading, text_metrics
+from steersman.reference import docs, loading, reviews, text_metrics
 from steersman.report.blocks import Answers, Block, Note, SideBySide, Span, Text
 
 if TYPE_CHECKING:
@@ -53,6 +53,13 @@ if TYPE_CHECKING:
     from steersman.engine.comparison import Comparison
 
 LOOP = 4  # tokens from which on a repetition is shown as a loop
+REFERENCES = {  # causal language models among the reference subjects, and who judges each
+    "docs/tiny": "docs/base",
+    "docs/small": "docs/base",
+    "docs/base": "docs/base",
+    "reviews/base": "reviews/base",
+    "reviews/conditional": "reviews/base",
+}
 SHOWN = 4  # prompts in the report
 CLUSTERED = 20  # texts from which on their likeness to held-out text is estimated
 
@@ -113,8 +120,8 @@ def load(spec: str, parameter: str = "subject") -> Subject:
         if not isinstance(made, tuple) or len(made) != 2 or not callable(getattr(made[0], "generate", None)):
             raise InputError(parameter, spec, "a factory that returns (model, tokenizer)")
         return Subject(spec, made[0].eval(), made[1])
-    if found.kind == "endpoint" or (found.kind == "reference" and spec.partition("/")[0] != "docs"):
-        raise InputError(parameter, spec, "docs, docs/tiny, docs/small, docs/base, a model folder or a hub id")
+    if found.kind == "endpoint" or (found.kind == "reference" and _reference_name(spec) not in REFERENCES):
+        raise InputError(parameter, spec, f"docs, reviews, {', '.join(REFERENCES)}, a model folder or a hub id")
     source = str(found.path) if found.path is not None else spec
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -143,7 +150,8 @@ def load(spec: str, parameter: str = "subject") -> Subject:
 
 def _reference_name(spec: str) -> str:
     """``docs`` and ``docs/base`` by the folder's name."""
-    return spec if "/" in spec else f"docs/{Path(str(loading.path(spec))).name}"
+    name = spec.partition(":")[0]
+    return name if "/" in name else f"{name}/{Path(str(loading.path(name))).name}"
 
 
 def read_prompts(path: str, s: Subject, length: int) -> list[Prompt]:
@@ -333,7 +341,7 @@ class Host:
 class DecodingBench:
     """Generator: continuations of the same prompts under each decoding method.
 
-    Subjects: ``docs`` (also ``docs/tiny``, ``docs/small``, ``docs/base``), a folder or hub id of a causal
+    Subjects: ``docs`` or ``reviews`` (or a model of theirs, as ``docs/tiny``), a folder or hub id of a causal
     language model of transformers, or ``file.py:factory`` that returns ``(model, tokenizer)``.
 
     A method's object mounts by what it is. A ``LogitsProcessor`` joins ``logits_processor``, any other object
@@ -354,7 +362,9 @@ class DecodingBench:
         "prompt_tokens": Knob(int, (32,), "tokens of a prompt that is cut from a text", low=1, high=100_000),
         "count": Knob(int, 16, "number of prompts", low=1, high=100_000, sweep=False),
         "prompts": Knob(str, None, "file of prompts: lines of text, or .jsonl with 'prompt' or 'text'", sweep=False),
-        "judge": Knob(str, None, "model that scores coherence (default: docs/base, or the subject)", sweep=False),
+        "judge": Knob(
+            str, None, "model that scores coherence (default: a larger reference, or the subject)", sweep=False
+        ),
         "stop": Knob(bool, False, "whether a text may end before new_tokens", sweep=False),
     }
     figures: Mapping[str, Figure] = {
@@ -483,7 +493,15 @@ class DecodingBench:
         names = ("prompts", "count", "prompt_tokens", "new_tokens")
         key = ("prompts", rng.base, *(setting[name] for name in names))
         if key not in s.known:
-            if setting["prompts"] is None:
+            if setting["prompts"] is None and (s.reference or "").startswith("reviews/"):
+                # A review may end sooner than what is asked for: how it went on has its own length.
+                cut = reviews.prompts(
+                    setting["count"], setting["prompt_tokens"], rng.seed("prompts"), tokenizer=s.tokenizer
+                )
+                s.known[key] = [
+                    Prompt((*s.opening, *p.ids), (*p.continuation_ids, s.tokenizer.eos_token_id)) for p in cut
+                ]
+            elif setting["prompts"] is None:
                 drawn = docs.prompts(
                     setting["count"],
                     setting["prompt_tokens"],
@@ -595,14 +613,14 @@ class DecodingBench:
 
 
 def judge(s: Subject, setting: Setting) -> Subject:
-    """Who scores coherence: the model that was asked for, else docs/base for its smaller ones, else the subject.
+    """Who scores coherence: the model that was asked for, else a reference model's larger one, else the subject.
 
     Raises:
         InputError: the judge can't be loaded.
     """
     spec = setting["judge"]
     if spec is None and s.reference is not None:
-        spec = "docs/base"
+        spec = REFERENCES[s.reference]
     if spec is None or spec in (s.spec, s.reference):
         return s
     if ("judge", spec) not in s.known:
@@ -676,9 +694,10 @@ def _held_out(comparison: Comparison) -> str:
 def _judged(comparison: Comparison) -> str:
     subject = str(comparison.config["subject"])
     asked = comparison.config.get("fixed", {}).get("judge")
-    small = subject.partition("/")[0] == "docs" and _reference_name(subject) != "docs/base"
-    if asked not in (None, subject) or small:
-        return f"Coherence is judged by {asked or 'docs/base'}."
+    name = _reference_name(subject) if subject.partition("/")[0] in ("docs", "reviews") else None
+    by = asked or REFERENCES.get(name or "", subject)
+    if by not in (subject, name):
+        return f"Coherence is judged by {by}."
     return (
         "Coherence is judged by the subject itself, for lack of a larger model with its words: that favours what "
         "greedy search would write. Name another with --judge."

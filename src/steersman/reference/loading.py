@@ -23,7 +23,8 @@ from typing import Any
 from steersman.errors import InputError, MissingExtra, nearest
 
 ANALYTIC = ("gaussians", "leaf-spine", "photographs")
-SHIPPED = ("digits", "docs", "scenes")  # what the package brings, so that its absence can be told from a wrong name
+# What the package brings, so that its absence can be told from a wrong name.
+SHIPPED = ("digits", "docs", "reviews", "scenes")
 
 
 @cache

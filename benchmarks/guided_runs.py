@@ -1,4 +1,4 @@
-"""Seconds of whole runs of the `scenes` pipeline: what guidance and steering cost beside the network, and what is saved.
+"""Seconds of whole runs of the `scenes` pipeline: what guidance and steering cost beside the network, what is saved.
 
 Runs of all configurations alternate (A B C ... A B C ...), from the same noise with the same prompts, and medians over
 rounds are compared. Two tables:

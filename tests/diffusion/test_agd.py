@@ -300,7 +300,7 @@ def toy(equal: bool, steps: int, mult: float = 1.0) -> tuple[float, float]:
     mu = torch.randn(2, 2, generator=g)
     torch.manual_seed(0)
     adapter = AdditiveAdapter(AGDConfig(arch="additive", hidden_dim=64, cfg_mult=mult), 2, 2, 16, 2, None)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     bands = torch.arange(8) * math.pi / 4
 
@@ -321,8 +321,11 @@ def toy(equal: bool, steps: int, mult: float = 1.0) -> tuple[float, float]:
 
     scale = draw(4096, 1, 6)[1].std()
     losses = []
-    for _ in range(steps):
-        c, target = draw(256, 1, 6)
+    drawn, targets = draw(256 * steps, 1, 6)
+    for i in range(steps):
+        rows = slice(256 * i, 256 * (i + 1))
+        assert drawn.tau is not None and drawn.label is not None
+        c, target = Conditions(drawn.omega[rows], drawn.tau[rows], drawn.label[rows]), targets[rows]
         loss = (adapter(target[:, None], c)[:, 0] - target / scale).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from steersman import catalog
-from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK4Scheduler
+from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK4Scheduler, autoencoder
 from steersman.diffusion.guidance import Guidance
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
@@ -709,10 +709,6 @@ def decode(s: Subject, samples: Tensor, batch: int, clamp: bool = True) -> Tenso
     """Images in [-1, 1] (with ``clamp``)."""
     if s.kind == "pixels":
         return samples
-    vae = s.pipe.vae
-    parts = [
-        vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float().cpu()
-        for part in samples.split(batch)
-    ]
-    images = torch.cat(parts)
+    with autoencoder.upcast(s.pipe.vae):
+        images = torch.cat([autoencoder.decode(s.pipe.vae, part).float().cpu() for part in samples.split(batch)])
     return images.clamp(-1, 1) if clamp else images

@@ -80,6 +80,8 @@ def apply(
     pipe.set_progress_bar_config(disable=True)
     channels = 3 if getattr(pipe, "vae", None) is not None else pipe.unet.config.in_channels
     classes = pipe.unet.config.get("num_class_embeds") if channels != 3 or not hasattr(pipe, "tokenizer") else None
+    if classes:
+        classes -= pipe.config.get("null_label") is not None  # no class
     x, labels = read_images(input, channels, None if classes else False)
     if size is not None:
         if size < 1:
@@ -125,7 +127,8 @@ def _asked(name: str, text: str | None, count: int, classes: int | None, labels:
     if text is None:
         if labels is None:
             kind = "a class's number" if classes else "a prompt"
-            raise InputError(name, None, f"{kind}, or a text file with one a line: what the images show")
+            what = "what the images show" if name == "source" else "what they shall show"
+            raise InputError(name, None, f"{kind}, or a text file with one a line: {what}")
         return {"labels": labels}
     path = Path(text)
     lines = [text] * count

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from steersman.diffusion.autoencoder import upcast
 from steersman.diffusion.cfg_pp.inversion import Mode, decode, encode, latent_shape, scale_of
 from steersman.diffusion.cfg_pp.solvers import DDIMCFGPPScheduler, guided
 from steersman.diffusion.classical import DDIMScheduler
@@ -260,7 +261,8 @@ def restore(
             move: Tensor | float = 0.0
             if weighted:
                 z_0 = scheduler._predict(output, z, slot).x0
-                move = torch.autograd.grad(_misfit(pipe, z_0, y, operator, eta, gamma if latent else 0.0), z)[0]
+                with upcast(getattr(pipe, "vae", None)):
+                    move = torch.autograd.grad(_misfit(pipe, z_0, y, operator, eta, gamma if latent else 0.0), z)[0]
         if mode == "cfg++":
             scheduler.uncond_output = uncond.detach()
         after = scheduler.step(output.detach(), t, z.detach()).prev_sample

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from steersman.diffusion import autoencoder
 from steersman.diffusion.cfg_pp.guidance import CFGPlusPlus, check_scale
 from steersman.diffusion.cfg_pp.solvers import DDIMCFGPPInverseScheduler, DDIMCFGPPScheduler
 from steersman.diffusion.classical import DDIMScheduler
@@ -195,15 +196,16 @@ def encode(pipe: Any, images: Tensor) -> Tensor:
     if vae is not None and tuple(x.shape[1:]) != shape:
         if x.shape[1] != vae.config.in_channels:
             raise InputError("images", tuple(images.shape), f"of {vae.config.in_channels} channels")
-        x = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        x = autoencoder.encode(vae, x)
     if tuple(x.shape[1:]) != shape:
-        raise InputError("images", tuple(images.shape[1:]), f"of the network's size (latents of {shape})")
+        times = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        wanted = f"{shape[2] * times}x{shape[1] * times}"
+        found = f"{images.shape[-1]}x{images.shape[-2]} of {images.shape[1]} channels"
+        raise InputError("images", found, f"{wanted}, of the network's size (or latents of shape {shape})")
     return x.to(pipe.unet.device, pipe.unet.dtype)
 
 
-def decode(pipe: Any, latents: Tensor) -> Tensor:
+def decode(pipe: Any, z: Tensor) -> Tensor:
     """Images of latents, about in [-1, 1], not clipped; differentiable."""
     vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return latents
-    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.to(latents.dtype)
+    return z if vae is None else autoencoder.decode(vae, z).to(z.dtype)

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from steersman.diffusion.autoencoder import decode, upcast
 from steersman.diffusion.fk_steering.rewards import OnError, Reward
 from steersman.diffusion.fk_steering.smc import (
     FeynmanKac,
@@ -531,7 +532,7 @@ class _Run:
             return after, None
         steering, k = self.steering, self.core.particles
         clean = _clean_sample(self.scheduler, out, given, self.i, self.n)
-        with torch.enable_grad():
+        with torch.enable_grad(), upcast(getattr(self.pipe, "vae", None)):
             x0 = clean.detach().float().requires_grad_()
             images = x0 if steering.space == "latent" else decoded(self.pipe, x0)
             context = self._context(len(x0))
@@ -569,25 +570,7 @@ def decoded(pipe: Any, latents: Tensor) -> Tensor:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return (latents.float() / 2 + 0.5).clamp(0, 1)
-    config = vae.config
-    x = latents / config.scaling_factor
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        mean, std = (
-            torch.tensor(config[name], device=x.device).view(shape) for name in ("latents_mean", "latents_std")
-        )
-        x = x * std + mean
-    if config.get("shift_factor"):
-        x = x + config.shift_factor
-    half = vae.dtype == torch.float16 and config.get("force_upcast", False)
-    if half:
-        vae.to(torch.float32)
-    try:
-        images = vae.decode(x.to(vae.dtype)).sample
-    finally:
-        if half:
-            vae.to(torch.float16)
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+    return (decode(vae, latents).float() / 2 + 0.5).clamp(0, 1)
 
 
 def _clean_sample(scheduler: Any, out: Any, given: dict[str, Any], i: int, n: int) -> Tensor:

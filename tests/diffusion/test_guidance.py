@@ -367,6 +367,21 @@ def test_batches_that_are_not_two_branches_are_refused():
         pipe(image_guidance_scale=1.5, guidance_scale=3.0, **arguments)
 
 
+def test_another_pipeline_with_the_same_network_is_refused():
+    """``from_pipe`` and ``Pipeline(**pipe.components)`` share networks, and so their hooks."""
+    pipe = tiny.stable_diffusion()
+    with CFG().install(pipe):
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        parts = pipe.components | {"scheduler": scheduler}
+        other = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        with pytest.raises(InputError, match="the one that CFG is installed on"):
+            draw(other, 3.0)
+        draw(pipe, 3.0)
+        with pytest.raises(InputError, match="in the pipeline that it is installed on"):
+            draw(other, 3.0)
+
+
 def test_the_sample_is_found_among_the_channels():
     network = tiny._unet(in_channels=9)  # of 4 output channels
     assert _own_channels(network, torch.zeros(2, 9, 8, 8)).shape == (2, 4, 8, 8)  # inpainting

@@ -364,12 +364,13 @@ class _Run:
     @torch.compiler.disable
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = _sample(args, kwargs)
-        if self.pipe.scheduler.timesteps is not self.times:
+        if self.times is None or self.pipe.scheduler.timesteps is not self.times:
             self._begin(module, x, args[1] if len(args) > 1 else kwargs["timestep"])
         if len(x) % 2:
             self._refuse_single()
         if self.i >= self.n:
-            wanted = f"at most the {self.n} calls of the scheduler's plan (one of both branches for each timestep)"
+            each = "one of both branches for each timestep, in the pipeline that it is installed on"
+            wanted = f"at most the {self.n} calls of the scheduler's plan ({each})"
             raise InputError("call of the network", self.i + 1, wanted)
         half = _own_channels(module, x[: len(x) // 2])
         self.moment = Moment(self.i, self.n, self.values[self.i], half, self.pipe.scheduler)
@@ -431,6 +432,10 @@ class _Run:
 
     def _begin(self, module: Any, x: Tensor, timestep: Any) -> None:
         pipe, scheduler = self.pipe, self.pipe.scheduler
+        if getattr(scheduler, "num_inference_steps", 1) is None and not getattr(scheduler, "custom_timesteps", False):
+            name = type(self.guidance).__name__
+            wanted = f"the one that {name} is installed on (another one, with the same network, was called)"
+            raise InputError("pipe", "another", wanted)
         doubled = getattr(pipe, "do_classifier_free_guidance", None)
         if doubled is None:
             scale = getattr(pipe, "guidance_scale", None)

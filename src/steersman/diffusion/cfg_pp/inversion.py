@@ -200,8 +200,8 @@ def encode(pipe: Any, images: Tensor) -> Tensor:
     if tuple(x.shape[1:]) != shape:
         times = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         wanted = f"{shape[2] * times}x{shape[1] * times}"
-        found = f"{images.shape[-1]}x{images.shape[-2]} of {images.shape[1]} channels"
-        raise InputError("images", found, f"{wanted}, of the network's size (or latents of shape {shape})")
+        given = f"{images.shape[-1]}x{images.shape[-2]} of {images.shape[1]} channels"
+        raise InputError("images", given, f"{wanted}, of the network's size (or latents of shape {shape})")
     return x.to(pipe.unet.device, pipe.unet.dtype)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steersman.benches._pipelines import prompts_in
 from steersman.benches.sampling import Sampling
+from steersman.diffusion.prompts import read_prompts
 from steersman.engine.compare import compare
 from steersman.engine.comparison import Comparison
 from steersman.engine.streams import Streams
@@ -276,7 +276,7 @@ def test_prompts_that_cannot_be_read(world):
     for path in ("nowhere.txt", "empty.txt"):
         Path("empty.txt").write_text("\n \n")
         with pytest.raises(InputError, match="prompts"):
-            prompts_in(path)
+            read_prompts(path)
     with pytest.raises(InputError, match="prompts"):
         run(["ddim"], "mine.py:stable_diffusion")
 

@@ -1140,6 +1140,7 @@ def test_apply_edits_inverts_and_restores(folder):
         ),
         ({"mode": "edit", "source": "9", "target": "1"}, "source='9' is not allowed: it must be a class from 0 to 2"),
         ({"mode": "invert", "source": "nowhere.txt"}, "a text file that can be read"),
+        ({"mode": "invert", "source": "nowhere.jsonl"}, r"source='nowhere.jsonl' .* can be read"),
         ({"mode": "restore", "source": "0", "operator": "inpainting"}, "mask=None is not allowed"),
         ({"mode": "restore", "source": "0", "operator": "inpainting", "mask": "none.png"}, "mask='none.png'"),
         ({"mode": "edit", "source": "0", "target": "1", "size": 0}, "size=0 is not allowed"),

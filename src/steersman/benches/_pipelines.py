@@ -26,6 +26,7 @@ from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK
 from steersman.diffusion.guidance import Guidance
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
+from steersman.diffusion.prompts import read_prompts
 from steersman.engine import artefacts, subjects
 from steersman.engine.bench import Knob, PartInfo
 from steersman.engine.contenders import Contender, Part, checked_knobs
@@ -217,7 +218,7 @@ class PipelineBench:
 
     def check(self, s: Subject, setting: Setting) -> None:
         if setting["prompts"] is not None:
-            prompts = prompts_in(setting["prompts"])
+            prompts = read_prompts(setting["prompts"])
             if s.spec == "scenes":
                 from steersman.reference import scenes
 
@@ -428,7 +429,7 @@ def asked_for(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> 
     """What each sample is asked to be: prompts, or labels (n,), the same for all contenders."""
     n = setting["samples"]
     if s.kind == "text" and setting["prompts"] is not None:
-        prompts = prompts_in(setting["prompts"])
+        prompts = read_prompts(setting["prompts"])
         return [prompts[i % len(prompts)] for i in range(n)]
     if s.kind == "text":
         from steersman.reference import scenes
@@ -453,22 +454,6 @@ def _asked(s: Subject, text: str) -> Tensor:
     if not all(piece.isdecimal() and int(piece) < s.classes for piece in pieces):
         raise InputError("labels", text, f"numbers from 0 to {s.classes - 1}, like 0,{s.classes - 1}")
     return torch.tensor([int(piece) for piece in pieces])
-
-
-def prompts_in(path: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("prompts", path, f"a text file that can be read ({error})") from None
-    prompts = [line for line in lines if line]
-    if Path(path).suffix == ".jsonl":  # as GenEval's metadata: {"prompt": "...", ...}
-        try:
-            prompts = [str(json.loads(line)["prompt"]) for line in prompts]
-        except (ValueError, KeyError, TypeError):
-            raise InputError("prompts", path, 'a .jsonl file of {"prompt": text} lines') from None
-    if not prompts:
-        raise InputError("prompts", path, "a text file with at least one prompt")
-    return prompts
 
 
 def data_of(s: Subject, source: str | None, judge: str | None) -> Data | None:

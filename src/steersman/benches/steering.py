@@ -38,7 +38,6 @@ from steersman.benches._pipelines import (
     most_steps,
     noise_kind,
     prepared,
-    prompts_in,
     run,
     shared_noise,
     watched,
@@ -56,6 +55,7 @@ from steersman.benches._steering_tasks import (
 from steersman.callables import load_callable
 from steersman.diffusion import DDIMScheduler
 from steersman.diffusion.fk_steering import FeynmanKac, FKSteering
+from steersman.diffusion.prompts import read_prompts
 from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import checked_knobs
 from steersman.errors import Inapplicable, InputError, TrialError
@@ -180,7 +180,7 @@ class Steering(PipelineBench):
         if s.kind == "text" and setting["prompts"] is None and s.spec != "scenes":
             raise InputError("prompts", None, "a text file, one prompt a line, for this text-to-image pipeline")
         if setting["prompts"] is not None:
-            prompts_in(setting["prompts"])
+            read_prompts(setting["prompts"])
             if s.kind != "text":
                 raise InputError("prompts", setting["prompts"], f"left out: {s.spec} takes no prompts")
         if setting["reward"] is None and s.spec not in ("digits", "scenes") and s.law is None:
@@ -200,7 +200,7 @@ class Steering(PipelineBench):
             labels = labels_in(setting["labels"], 10)
             return digits_wanted(n, labels, rng)
         if spec is None:
-            prompts = None if setting["prompts"] is None else prompts_in(setting["prompts"])
+            prompts = None if setting["prompts"] is None else read_prompts(setting["prompts"])
             return scenes_wanted(n, prompts, rng)
         if not spec.startswith(("http://", "https://")):
             load_callable(spec, "reward")
@@ -208,7 +208,7 @@ class Steering(PipelineBench):
         if s.kind == "text":
             from steersman.reference import scenes
 
-            lines = scenes.captions("held-out") if setting["prompts"] is None else prompts_in(setting["prompts"])
+            lines = scenes.captions("held-out") if setting["prompts"] is None else read_prompts(setting["prompts"])
             given = [lines[i % len(lines)] for i in range(n)]
         elif s.classes:
             labels = labels_in(setting["labels"], s.classes)

@@ -14,6 +14,7 @@ from steersman.diffusion.cfg_pp.guidance import CFGPlusPlus
 from steersman.diffusion.cfg_pp.inverse_problems import AveragePool, Blur, LinearOperator, Mask, restore
 from steersman.diffusion.cfg_pp.inversion import edit, encode, invert, sample
 from steersman.diffusion.images import load_pipeline, read_images
+from steersman.diffusion.prompts import SUFFIXES, read_prompts
 from steersman.errors import InputError
 
 Task = Literal["edit", "restore", "invert"]
@@ -130,13 +131,9 @@ def _asked(name: str, text: str | None, count: int, classes: int | None, labels:
             what = "what the images show" if name == "source" else "what they shall show"
             raise InputError(name, None, f"{kind}, or a text file with one a line: {what}")
         return {"labels": labels}
-    path = Path(text)
     lines = [text] * count
-    if path.suffix == ".txt":
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(name, text, f"a text file that can be read ({error})") from None
+    if Path(text).suffix.lower() in SUFFIXES:
+        lines = read_prompts(text, name)
         if len(lines) != count:
             raise InputError(name, f"{len(lines)} lines in {text}", f"one line for each of the {count} images")
     if not classes:

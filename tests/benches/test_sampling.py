@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from steersman.benches.sampling import Sampling
-from steersman.diffusion.prompts import read_prompts
+from steersman.diffusion.asked import read_prompts
 from steersman.engine.compare import compare
 from steersman.engine.comparison import Comparison
 from steersman.engine.streams import Streams

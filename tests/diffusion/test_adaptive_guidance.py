@@ -871,26 +871,12 @@ def test_apply_makes_a_folder_that_installs(tmp_path, mode):
             AdaptiveGuidance.from_pretrained(tmp_path / "made", threshold=0.5)
 
 
-def test_apply_reads_prompts(tmp_path):
-    from steersman.diffusion.adaptive_guidance.recipe import read_asked
-    from steersman.reference import scenes
+def test_apply_takes_what_is_asked_for_in_random_order():
+    from steersman.diffusion.adaptive_guidance.recipe import in_random_order
 
-    pipe = scenes.pipeline()
-    (tmp_path / "prompts.txt").write_text("a small red circle\n\na large cross\n")
-    asked = read_asked(pipe, tmp_path / "prompts.txt", 5, 0)
+    asked = in_random_order(["a small red circle", "a large cross"], 5, 0)
     assert len(asked) == 5 and set(asked[:2]) == {"a small red circle", "a large cross"}
-    np.savez(tmp_path / "images.npz", images=np.zeros((1, 2, 2, 3)), captions=np.array(["a shape"]))
-    assert read_asked(pipe, tmp_path / "images.npz", 2, 0) == ["a shape", "a shape"]
-    for bad, sentence in (
-        (None, "one a line"),
-        (tmp_path / "no.txt", "can be read"),
-        (tmp_path / "empty.txt", "at least one"),
-    ):
-        (tmp_path / "empty.txt").write_text("\n")
-        with pytest.raises(InputError, match=sentence):
-            read_asked(pipe, bad, 2, 0)
-    with pytest.raises(InputError, match="others have no guidance"):
-        read_asked(tiny.unconditional(), None, 2, 0)
+    assert in_random_order([3], 2, 0) == [3, 3]
 
 
 # ------------------------------------------------------------------ bad input

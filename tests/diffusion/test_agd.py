@@ -859,7 +859,7 @@ def test_apply_reads_prompts_and_class_numbers(tmp_path):
     with pytest.raises(InputError, match="npz of images"):
         apply(tmp_path / "pipe", None, tmp_path / "more", data="diffusion", **tiny_fit)
     tiny.unconditional().save_pretrained(str(tmp_path / "plain"))
-    with pytest.raises(InputError, match="prompts or classes"):
+    with pytest.raises(InputError, match="prompts or labels"):
         apply(tmp_path / "plain", None, tmp_path / "more", **tiny_fit)
 
 

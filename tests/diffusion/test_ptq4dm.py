@@ -40,7 +40,7 @@ from steersman.diffusion.ptq4dm import (
     search,
     search_affine,
 )
-from steersman.diffusion.ptq4dm.apply import apply, read_conditions
+from steersman.diffusion.ptq4dm.apply import apply
 from steersman.diffusion.ptq4dm.layers import bytes_of, pack, unpack
 from steersman.diffusion.ptq4dm.quantisers import METRICS
 from steersman.diffusion.solver import LinearVP, Prediction
@@ -844,20 +844,6 @@ def test_apply_makes_a_folder_that_mounts(tmp_path):
     run(twin)
     size = (tmp_path / "made" / "ptq4dm.safetensors").stat().st_size
     assert size < sum(p.numel() * 4 for p in pipe.unet.parameters())
-
-
-def test_conditions_are_read_from_tables(tmp_path):
-    for name, text, expected in (
-        ("a.txt", "a cat\n\na dog\n", (["a cat", "a dog"], None)),
-        ("a.csv", "prompt\na cat\n", (["a cat"], None)),
-        ("a.jsonl", '{"label": 3}\n{"label": 1}\n', (None, [3, 1])),
-    ):
-        (tmp_path / name).write_text(text)
-        assert read_conditions(tmp_path / name) == expected
-    for name, text in (("b.csv", "picture\n1\n"), ("b.jsonl", "{"), ("b.txt", "")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(InputError, match="rows with a prompt"):
-            read_conditions(tmp_path / name)
 
 
 @pytest.mark.parametrize(

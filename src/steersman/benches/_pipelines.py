@@ -23,10 +23,10 @@ from torch import Tensor
 
 from steersman import catalog
 from steersman.diffusion import DDIMScheduler, EulerScheduler, HeunScheduler, RK4Scheduler, autoencoder
+from steersman.diffusion.asked import read_prompts
 from steersman.diffusion.guidance import Guidance
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.pipelines import ClassConditionalPipeline
-from steersman.diffusion.prompts import read_prompts
 from steersman.engine import artefacts, subjects
 from steersman.engine.bench import Knob, PartInfo
 from steersman.engine.contenders import Contender, Part, checked_knobs

@@ -54,8 +54,8 @@ from steersman.benches._steering_tasks import (
 )
 from steersman.callables import load_callable
 from steersman.diffusion import DDIMScheduler
+from steersman.diffusion.asked import read_prompts
 from steersman.diffusion.fk_steering import FeynmanKac, FKSteering
-from steersman.diffusion.prompts import read_prompts
 from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import checked_knobs
 from steersman.errors import Inapplicable, InputError, TrialError

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import diffusers
-import numpy as np
 import torch
 
 from steersman.diffusion.adaptive_guidance.calibration import calibrate
 from steersman.diffusion.adaptive_guidance.linear import LinearAdaptiveGuidance
 from steersman.diffusion.adaptive_guidance.search import Gradient, search_policy
 from steersman.diffusion.adaptive_guidance.trajectories import Asked
+from steersman.diffusion.asked import asked_of
 from steersman.diffusion.images import load_pipeline
 from steersman.errors import InputError
 
@@ -51,7 +51,7 @@ def apply(
 
     Args:
         subject: a diffusers pipeline folder, or hub id.
-        input: prompts, one a line (.txt); or .npz with ``captions`` or ``labels``. Not needed for pipelines with
+        input: prompts or labels, see :func:`~steersman.diffusion.asked.read_asked`. Not needed for pipelines with
             labels.
         out: where the guidance goes.
         seed: of the noise, and of which prompts are taken.
@@ -82,7 +82,7 @@ def apply(
     count = COUNTS[mode] if count is None else count
     if count < 1:
         raise InputError("count", count, "a whole number from 1")
-    asked = read_asked(pipe, input, count, seed)
+    asked = in_random_order(asked_of(pipe, input), count, seed)
     shared: dict[str, Any] = {"scale": scale, "steps": steps, "seed": seed, "batch": batch, "log": log}
     if mode == "calibrate":
         found = calibrate(pipe, asked, saving=saving, psnr=psnr, ssim=ssim, **shared)
@@ -126,44 +126,13 @@ def apply(
     return facts
 
 
-def read_asked(pipe: Any, source: Path | None, count: int, seed: int) -> Asked:
-    """``count`` prompts or labels, in random order, each once before any comes again.
-
-    Raises:
-        InputError: a file that can't be read, without prompts, or for a pipeline that takes none.
-    """
-    classes = getattr(pipe.unet.config, "num_class_embeds", None) if getattr(pipe, "unet", None) is not None else None
-    text = getattr(pipe, "tokenizer", None) is not None
-    if text:
-        known: list[Any] = _prompts(source)
-    elif classes:
-        known = list(range(classes - (pipe.config.get("null_label") is not None)))
-        if source is not None and source.suffix == ".txt":
-            raise InputError("input", str(source), "left out: this pipeline takes labels, and all of them are used")
-    else:
-        raise InputError("subject", type(pipe).__name__, "a pipeline with prompts or labels: others have no guidance")
+def in_random_order(known: Asked, count: int, seed: int) -> Asked:
+    """``count`` of what is asked for, in random order, each once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     order = [
         i for _ in range(-(-count // len(known))) for i in torch.randperm(len(known), generator=generator).tolist()
     ]
-    return [known[i] for i in order[:count]]
-
-
-def _prompts(source: Path | None) -> list[str]:
-    if source is None:
-        raise InputError("input", None, "prompts, one a line, in a text file")
-    try:
-        if source.suffix == ".npz":
-            with np.load(source) as arrays:
-                found = [str(line) for line in arrays["captions"]] if "captions" in arrays else []
-        else:
-            found = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError("input", str(source), f"a file that can be read ({error})") from None
-    prompts = [line.strip() for line in found if line.strip()]
-    if not prompts:
-        raise InputError("input", str(source), "a text file with at least one prompt, or .npz with captions")
-    return prompts
+    return cast(Asked, [known[i] for i in order[:count]])
 
 
 def _scheduler(name: str, own: Any) -> Any:

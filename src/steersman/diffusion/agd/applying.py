@@ -14,6 +14,7 @@ from torch import Tensor
 from steersman.diffusion.agd.injection import AGDConfig
 from steersman.diffusion.agd.training import AGDTrainingConfig, train_agd
 from steersman.diffusion.agd.trajectories import collect_cfg_trajectories, latent_shape, noised_pairs
+from steersman.diffusion.asked import asked_of
 from steersman.diffusion.guidance import network_of
 from steersman.diffusion.images import load_pipeline
 from steersman.errors import InputError
@@ -52,8 +53,7 @@ def apply(
 
     Args:
         subject: a diffusers pipeline folder with prompts or classes and an unconditional branch, or hub id.
-        input: a text file, one prompt (or one class number) a line; or .npz with ``captions`` or ``labels``. Not needed
-            for classes. With data=diffusion an .npz with ``images`` in [0, 1], too.
+        input: prompts or labels, see :func:`~steersman.diffusion.asked.read_asked`. Not needed for classes. With data=diffusion an .npz with ``images`` in [0, 1], too.
         out: where the adapters go.
         seed: of noise, scales, weights and batches.
         log: gets a line now and then.
@@ -154,35 +154,12 @@ def _arguments(network: Any) -> Any:
 
 def _asked(pipe: Any, source: Path | None, count: int, data: str, generator: torch.Generator) -> tuple[Any, Tensor]:
     """``count`` prompts or labels, and with data=diffusion as many clean latents."""
-    network: Any = network_of(pipe)
-    prompts = "encoder_hidden_states" in _arguments(network)
-    found: Any = None
+    found: Any = asked_of(pipe, source)
     images = torch.empty(0)
-    if source is not None and source.suffix.lower() == ".npz":
-        with np.load(source) as arrays:
-            name = "captions" if prompts else "labels"
-            if name in arrays:
-                found = arrays[name].tolist()
-            if data == "diffusion" and "images" in arrays:
+    if data == "diffusion" and source is not None and source.suffix.lower() == ".npz":
+        with np.load(source, allow_pickle=False) as arrays:
+            if "images" in arrays:
                 images = torch.from_numpy(np.asarray(arrays["images"], dtype=np.float32)).permute(0, 3, 1, 2) * 2 - 1
-    elif source is not None:
-        try:
-            found = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError("input", str(source), f"a text file or .npz that can be read ({error})") from None
-        if not prompts:
-            if not all(line.isdecimal() for line in found):
-                raise InputError("input", str(source), "class numbers, one a line, for this class-conditional pipeline")
-            found = [int(line) for line in found]
-    if found is None and not prompts:
-        config = network.config
-        classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-        null = pipe.config.get("null_label")
-        if not classes:
-            raise InputError("subject", type(pipe).__name__, "a pipeline with prompts or classes")
-        found = list(range(classes - (null is not None)))
-    if not found:
-        raise InputError("input", None if source is None else str(source), "a text file, one prompt a line")
     if data == "diffusion":
         if len(images) != len(found):
             raise InputError("data", "diffusion", "used with an .npz of images in [0, 1] and their labels or captions")

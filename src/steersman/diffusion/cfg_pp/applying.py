@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from steersman.diffusion.asked import SUFFIXES, read_prompts
 from steersman.diffusion.cfg_pp.guidance import CFGPlusPlus
 from steersman.diffusion.cfg_pp.inverse_problems import AveragePool, Blur, LinearOperator, Mask, restore
 from steersman.diffusion.cfg_pp.inversion import edit, encode, invert, sample
 from steersman.diffusion.images import load_pipeline, read_images
-from steersman.diffusion.prompts import SUFFIXES, read_prompts
 from steersman.errors import InputError
 
 Task = Literal["edit", "restore", "invert"]

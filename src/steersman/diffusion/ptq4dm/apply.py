@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.diffusion.asked import SUFFIXES, read_asked, takes_prompts
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.ptq4dm.calibration import Calibration, Pairing, States, Times, network
 from steersman.diffusion.ptq4dm.layers import Execution, Placement, Scheme
 from steersman.diffusion.ptq4dm.method import quantize_ptq4dm
 from steersman.diffusion.ptq4dm.quantisers import Metric
 from steersman.errors import InputError
-
-LISTS = (".txt", ".csv", ".jsonl")
 
 
 def apply(
@@ -80,11 +77,12 @@ def apply(
     asked: Any = None
     images: Tensor | None = None
     for file in (input, prompts):
-        if file is not None and file.suffix.lower() in LISTS:
-            asked, labels = read_conditions(file)
+        if file is not None and file.suffix.lower() in SUFFIXES:
+            found = read_asked(file, "input" if file is input else "prompts")
+            asked, labels = (found.prompts, None) if takes_prompts(pipe) or not found.labels else (None, found.labels)
         elif file is not None and file is prompts:
-            raise InputError("prompts", str(file), f"a file with one a line, or a table ({', '.join(LISTS)})")
-    if input is not None and input.suffix.lower() not in LISTS:
+            raise InputError("prompts", str(file), f"a file with one a line, or a table ({', '.join(SUFFIXES)})")
+    if input is not None and input.suffix.lower() not in SUFFIXES:
         images, own_labels, captions = _images(pipe, input)
         labels = own_labels if labels is None and states in ("raw", "raw_forward_t") else labels
         asked = captions if asked is None else asked
@@ -121,30 +119,6 @@ def apply(
     before = sum(p.numel() * p.element_size() for p in net.parameters())
     after = method.footprint(net)
     return {"megabytes": after / 1e6, "megabytes_before": before / 1e6, "ratio": before / after, **method.report()}
-
-
-def read_conditions(file: Path) -> tuple[list[str] | None, list[int] | None]:
-    """Prompts, or labels, of a text file or table.
-
-    Raises:
-        InputError: it can't be read, or holds neither.
-    """
-    try:
-        text = file.expanduser().read_text(encoding="utf-8")
-        if file.suffix.lower() == ".txt":
-            rows: list[dict[str, Any]] = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-        elif file.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if rows and all("prompt" in row for row in rows):
-            return [str(row["prompt"]) for row in rows], None
-        if rows and all("label" in row for row in rows):
-            return None, [int(row["label"]) for row in rows]
-        reason = "neither in every row"
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        reason = " ".join(str(error).split())[:150]
-    raise InputError("input", str(file), f"rows with a prompt, or a label, each ({reason})")
 
 
 def _images(pipe: Any, source: Path) -> tuple[Tensor, list[int] | None, list[str] | None]:

@@ -28,7 +28,7 @@ def test_files_of_all_kinds(tmp_path, name):
     if prompts:
         assert read_prompts(tmp_path / name) == prompts
     else:
-        with pytest.raises(InputError, match="prompts=.*at least one prompt"):
+        with pytest.raises(InputError, match=r"prompts=.*at least one prompt"):
             read_prompts(tmp_path / name)
 
 
@@ -39,13 +39,13 @@ def test_arrays(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("no.txt", None), ("x.txt", " \n"), ("x.csv", "picture\n1\n"), ("x.jsonl", "{"), ("x.jsonl", "[1]\n"), ("x.npz", "?"),
-     ("x.jsonl", '{"label": "one"}\n'), ("x.csv", "")],
+    [("no.txt", None), ("x.txt", " \n"), ("x.csv", "picture\n1\n"), ("x.jsonl", "{"), ("x.jsonl", "[1]\n"),
+     ("x.npz", "?"), ("x.jsonl", '{"label": "one"}\n'), ("x.csv", "")],
 )  # fmt: skip
 def test_what_cannot_be_read(tmp_path, name, text):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match="source=.*with at least one prompt or label"):
+    with pytest.raises(InputError, match=r"source=.*with at least one prompt or label"):
         read_asked(tmp_path / name, "source")
 
 

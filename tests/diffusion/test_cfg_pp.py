@@ -1139,7 +1139,7 @@ def test_apply_edits_inverts_and_restores(folder):
             "target=None is not allowed: it must be a class's number.* what they shall show",
         ),
         ({"mode": "edit", "source": "9", "target": "1"}, "source='9' is not allowed: it must be a class from 0 to 2"),
-        ({"mode": "invert", "source": "nowhere.txt"}, "a text file that can be read"),
+        ({"mode": "invert", "source": "nowhere.txt"}, "a file that can be read"),
         ({"mode": "invert", "source": "nowhere.jsonl"}, r"source='nowhere.jsonl' .* can be read"),
         ({"mode": "restore", "source": "0", "operator": "inpainting"}, "mask=None is not allowed"),
         ({"mode": "restore", "source": "0", "operator": "inpainting", "mask": "none.png"}, "mask='none.png'"),

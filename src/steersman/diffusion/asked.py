@@ -28,7 +28,8 @@ def read_asked(file: str | Path, parameter: str = "input") -> Asked:
     """What a file asks for.
 
     Args:
-        file: .txt, one a line; .csv or .jsonl, in the column ``prompt`` or ``label``; .npz, in ``captions`` or ``labels``.
+        file: .txt, one a line; .csv or .jsonl, in the column ``prompt`` or ``label``; .npz, in ``captions`` or
+            ``labels``.
         parameter: how the user calls the file.
 
     Raises:

@@ -53,7 +53,8 @@ def apply(
 
     Args:
         subject: a diffusers pipeline folder with prompts or classes and an unconditional branch, or hub id.
-        input: prompts or labels, see :func:`~steersman.diffusion.asked.read_asked`. Not needed for classes. With data=diffusion an .npz with ``images`` in [0, 1], too.
+        input: prompts or labels, see :func:`~steersman.diffusion.asked.read_asked`; not needed for classes. With
+            data=diffusion an .npz with ``images`` in [0, 1], too.
         out: where the adapters go.
         seed: of noise, scales, weights and batches.
         log: gets a line now and then.

@@ -4,7 +4,8 @@ Runs of all configurations alternate (A B C ... A B C ...), from the same noise 
 rounds are compared. Two tables:
 
 - overhead: methods that take as many network calls as classifier-free guidance, against diffusers' own guider
-  ClassifierFreeGuidance on the same pipeline (FK steering against its stochastic sampler alone);
+  ClassifierFreeGuidance on the same pipeline (by our hooks: a classic pipeline has no guiders) and against the
+  pipeline's own guidance (FK steering against its stochastic sampler alone);
 - gain: methods that save calls or make them cheaper, against the pipeline's own classifier-free guidance. Artefacts
   are made by `steersman apply` with the settings shown, unless folders are given.
 
@@ -159,11 +160,13 @@ def main() -> None:
     }
     if arguments.only != "gain":
         seconds = measured(overhead(runs), arguments.rounds)
-        against = {"fk-steering": "ddim of eta 1"}
+        plain = {"fk-steering": "ddim of eta 1"}
+        ours = [name for name in seconds if name not in ("pipeline", "ClassifierFreeGuidance", "ddim of eta 1")]
         ratios = {
-            name: seconds[name] / seconds[against.get(name, "ClassifierFreeGuidance")]
-            for name in seconds
-            if name not in ("ClassifierFreeGuidance", "ddim of eta 1")
+            "to ClassifierFreeGuidance": {
+                n: seconds[n] / seconds["ClassifierFreeGuidance"] for n in ours if n not in plain
+            },
+            "to the pipeline alone": {n: seconds[n] / seconds[plain.get(n, "pipeline")] for n in ours},
         }
         report["overhead"] = {"seconds": seconds, "ratio": ratios}
     if arguments.only != "overhead":

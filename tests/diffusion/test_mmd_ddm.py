@@ -882,6 +882,25 @@ def test_images_come_from_folders_with_a_folder_a_class(tmp_path):
         read_images(tmp_path)
 
 
+def test_images_of_sixteen_bits_keep_their_values(tmp_path):
+    from PIL import Image
+
+    values = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray((values // 257).astype(np.uint8)).save(tmp_path / "b.png")
+    wanted = torch.from_numpy(values.astype(np.float32) / 65535)
+    for channels in (None, 1, 3, 4):
+        found, _ = read_images(tmp_path, channels=channels)
+        assert found.shape == (2, channels or 1, 8, 12)
+        assert all(torch.equal(c, wanted) for c in found[0, :3])
+        torch.testing.assert_close(found[1, 0], wanted, atol=1 / 255, rtol=0)
+        assert channels != 4 or bool((found[:, 3] == 1).all())
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "c.tiff")
+    (tmp_path / "c.tiff").rename(tmp_path / "c.png")
+    with pytest.raises(InputError, match=r"c\.png of mode F.* 8 or 16 bits"):
+        read_images(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from steersman.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's names of images, by their channels."""
 
 
 def load_pipeline(subject: str | Path) -> Any:
@@ -99,25 +102,44 @@ def read_images(
     return tensor, None if labels is None else torch.from_numpy(labels)
 
 
+def pixels(name: str, image: Image.Image, channels: int | None = None) -> np.ndarray:
+    """An image's values in [0, 1], (H, W) of a grey one, else (H, W, channels); of 8 or 16 bits.
+
+    Args:
+        name: for the error's sentence.
+        image: it.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA); None is as it comes, grey or RGB.
+
+    Raises:
+        InputError: values of more bits, whose range nobody knows.
+    """
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut all of it off at 255
+        grey = np.asarray(image, dtype=np.float32) / 65535
+        if channels in (None, 1):
+            return grey
+        colour = np.repeat(grey[..., None], 3, axis=-1)
+        return colour if channels == 3 else np.concatenate([colour, np.ones_like(grey)[..., None]], axis=-1)
+    if image.mode in ("I", "F"):
+        raise InputError("image", f"{name} of mode {image.mode}", "of 8 or 16 bits a channel")
+    mode = MODES[channels or (1 if image.mode in ("1", "L") else 3)]
+    return np.asarray(image.convert(mode), dtype=np.float32) / 255
+
+
 def _read_files(
     source: Path, files: Mapping[str, Path | bytes], channels: int | None, labelled: bool | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Images among ``files``, by their names in the folder or zip ``source``, and their labels."""
-    from PIL import Image, UnidentifiedImageError
-
     names = [name for name in files if PurePosixPath(name).suffix.lower() in SUFFIXES]
     if not names:
         raise InputError("input", str(source), f"a folder or zip that holds image files ({', '.join(SUFFIXES)})")
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    if channels is not None and channels not in modes:
+    if channels is not None and channels not in MODES:
         raise InputError("input", str(source), f".npy or .npz for a network of {channels} channels")
     arrays: list[np.ndarray] = []
     for name in names:
         content, where = files[name], f"{source}/{name}"
         try:
             with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
-                grey = image.mode in ("1", "L", "I", "I;16", "F")
-                arrays.append(np.asarray(image.convert(modes[channels or (1 if grey else 3)])))
+                arrays.append(pixels(where, image, channels))
         except (UnidentifiedImageError, OSError) as error:
             raise InputError("input", where, f"an image file that can be read ({error})") from None
         if arrays[-1].shape[:2] != arrays[0].shape[:2]:
@@ -127,19 +149,19 @@ def _read_files(
             raise InputError("input", where, allowed)
         if arrays[-1].ndim != arrays[0].ndim:
             raise InputError("input", where, f"grey or colour as the others ({names[0]} is not)")
-    pixels = np.stack(arrays)
+    stacked = np.stack(arrays)
     if labelled is False:
-        return pixels, None
+        return stacked, None
     if "dataset.json" in files:
-        return pixels, _read_labels(files["dataset.json"], names, source, bool(labelled))
+        return stacked, _read_labels(files["dataset.json"], names, source, bool(labelled))
     folders = [PurePosixPath(name).parent.name for name in names]
     classes = sorted(set(folders))
     # Folders of shards, as EDM's 00000, 00001, ..., come with a dataset.json or without classes.
     if "" in classes or (labelled is None and len(classes) < 2):
         if labelled:
             raise InputError("input", str(source), "one folder of images a class, as the network is class-conditional")
-        return pixels, None
-    return pixels, np.array([classes.index(folder) for folder in folders])
+        return stacked, None
+    return stacked, np.array([classes.index(folder) for folder in folders])
 
 
 def _read_labels(content: Path | bytes, names: Sequence[str], source: Path, needed: bool) -> np.ndarray | None:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from steersman.diffusion.images import SUFFIXES, read_images
+from steersman.diffusion.images import SUFFIXES, pixels, read_images
 from steersman.errors import InputError
 
 ROLES = ("target", "input", "mask")
@@ -205,24 +205,10 @@ def _check_partners(lists: Mapping[str, Mapping[str, Path]]) -> None:
 def _read(path: Path, grey: bool) -> Tensor:
     try:
         with Image.open(path) as image:
-            array = pixels(str(path), image, grey)
+            array = pixels(str(path), image, 1 if grey else None)
     except (UnidentifiedImageError, OSError) as error:
         raise InputError("input", str(path), f"an image file that can be read ({error})") from None
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
-
-
-def pixels(name: str, image: Image.Image, grey: bool = False) -> np.ndarray:
-    """An image's values in [0, 1], (H, W) of a grey one, else (H, W, 3); of 8 or 16 bits.
-
-    Raises:
-        InputError: values of more bits, whose range nobody knows.
-    """
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would cut all of it off at 255
-        return np.asarray(image, dtype=np.float32) / 65535
-    if image.mode in ("I", "F"):
-        raise InputError("image", f"{name} of mode {image.mode}", "of 8 or 16 bits a channel")
-    plain = grey or image.mode in ("1", "L")
-    return np.asarray(image.convert("L" if plain else "RGB"), dtype=np.float32) / 255
 
 
 def _tensors(name: str, array: np.ndarray) -> list[Tensor]:

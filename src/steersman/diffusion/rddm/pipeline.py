@@ -13,8 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 
+from steersman.diffusion.images import pixels
 from steersman.diffusion.rddm.levels import Level, PathName
-from steersman.diffusion.rddm.pairs import pixels
 from steersman.diffusion.rddm.predictions import heads
 from steersman.diffusion.rddm.scheduler import RDDMScheduler
 from steersman.diffusion.scheduler import ROOM

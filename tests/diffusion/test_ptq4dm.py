@@ -699,6 +699,45 @@ def test_integers_where_there_are_none_are_refused(small, monkeypatch):
     assert isinstance(pipe.unet.conv_in, nn.Conv2d)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_uninstalled_it_leaves_the_network_in_its_present_precision(small, dtype):
+    _, method = small
+    pipe, cast = classes(), classes()
+    cast.unet.to(dtype)
+    expected = run(cast)
+    method.install(pipe)
+    pipe.unet.to(dtype)
+    assert run(pipe).isfinite().all()
+    method.uninstall()
+    assert {p.dtype for p in pipe.unet.parameters()} == {dtype}
+    assert torch.equal(run(pipe), expected)
+
+
+def test_a_network_in_half_precision_is_quantised_and_installed_on(small):
+    _, method = small
+    half = classes()
+    half.unet.half()
+    plain = run(half)
+    with method.install(half):
+        error = (run(half) - plain).float().square().mean().sqrt()
+        assert 0 < float(error) < 0.1 * float(plain.float().std())
+    assert torch.equal(run(half), plain)
+    own = quantize_ptq4dm(half, calibration=SMALL, steps=4)
+    with own.install(half):
+        assert float((run(half) - plain).float().square().mean().sqrt()) < 0.1 * float(plain.float().std())
+    with pytest.raises(InputError, match="learnt in float32"):
+        quantize_ptq4dm(half, calibration=SMALL, steps=4, adaround=5)
+
+
+def test_integer_kernels_refuse_a_network_that_was_cast_under_them(small):
+    _, method = small
+    pipe = classes()
+    with PTQ4DM(method.record, method.tensors, "int8").install(pipe):
+        pipe.unet.half()
+        with pytest.raises(InputError, match="on cpu in float16"):
+            run(pipe)
+
+
 # ------------------------------------------------------------------ hosts and company
 
 

@@ -265,6 +265,9 @@ class QuantisedLayer(nn.Module):
         assert self.integers is not None and self.scale is not None
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError("execution", "int8", "simulated where gradients are taken: integers have none")
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            kind = f"on {x.device.type} in {str(x.dtype)[6:]}"
+            raise InputError("execution", "int8", f"simulated {kind}: the integer kernels are the CPU's, float32")
         q = bytes_of(x, delta, zero)
         onednn, layer = torch.ops.onednn, self.layer
         end: Any = 1.0, 0, torch.float32, "none", [], ""  # no quantisation of the result, nothing fused behind it

@@ -190,6 +190,10 @@ def quantize_ptq4dm(
     net = network(pipe)
     _place_of_time(net)
     places, kept = quantisable(net)
+    kinds = {str(p.dtype)[6:] for p in net.parameters() if p.is_floating_point()} - {"float32"}
+    if adaround and kinds:
+        allowed = f"0 for a network in {', '.join(sorted(kinds))}: rounding is learnt in float32"
+        raise InputError("adaround", adaround, allowed)
     if not places:
         raise InputError("pipe", type(net).__name__, "with a network that has Conv2d or Linear layers")
 
@@ -551,8 +555,11 @@ class PTQ4DM(Installable):
 
     def detach(self, pipe: Any) -> None:
         self._hook.remove()
-        device = _device(network(pipe))
-        _swap(self._places, {name: layer.to(device) for name, layer in self._originals.items()})
+        for name, original in self._originals.items():
+            # The originals were out of the network, whose device and precision may have changed meanwhile.
+            now = _layer(self._places, name).weight
+            original.to(now.device, now.dtype)
+        _swap(self._places, self._originals)
         self._places, self._originals = {}, {}
 
     @classmethod

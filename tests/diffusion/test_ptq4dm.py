@@ -465,6 +465,31 @@ def test_a_range_for_each_timestep_fits_it_alone(small):
         quantize_ptq4dm(pipe, calibration=SMALL, steps=30, by_timestep=True)
 
 
+class Told(torch.Tensor):
+    """A timestep that counts how often its number is read."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        Told.reads += getattr(function, "__name__", "") in ("tolist", "item", "__float__", "__int__")
+        return super().__torch_function__(function, types, arguments, keywords or {})
+
+
+@pytest.mark.parametrize("times", [500, [500, 250]])
+def test_ranges_by_timestep_read_the_device_s_clock_once_a_call(small, times):
+    pipe, _ = small
+    method = quantize_ptq4dm(pipe, calibration=SMALL, steps=4, by_timestep=True)
+    x, t, y = normal(2, 1, 8, 8), torch.tensor(times), torch.tensor([0, 1])
+    with method.install(pipe), torch.no_grad():
+        expected = pipe.unet(x, t, class_labels=y).sample
+        for told in (t, torch.zeros_like(t), t):  # each call has its own
+            Told.reads = 0
+            found = pipe.unet(x, told.as_subclass(Told), class_labels=y).sample.as_subclass(torch.Tensor)
+            assert Told.reads == 1
+            assert torch.equal(found, expected) == (told is t)
+
+
 def test_the_report_names_the_layers_with_the_most_noise(small):
     pipe, method = small
     report = method.report()

@@ -51,12 +51,34 @@ class Call:
     Attributes:
         mode: ``quantise``; ``observe`` (ranges are updated with the call's values, which are then quantised);
             ``float`` (the layers as they were).
-        timestep: of the call, one number or one a row; None where nobody asks for it.
+        timestep: as the network was told it: a number, or a tensor of one number or one a row; or None.
     """
 
     def __init__(self) -> None:
         self.mode: Literal["quantise", "observe", "float"] = "quantise"
-        self.timestep: Any = None
+        self._times: list[float] = []
+        self.timestep = None
+
+    @property
+    def timestep(self) -> Any:
+        return self._timestep
+
+    @timestep.setter
+    def timestep(self, told: Any) -> None:
+        self._timestep, self._times = told, []
+
+    @property
+    def times(self) -> list[float]:
+        """The timestep's numbers. Reading them waits for the device, so all layers share what the first one read."""
+        if not self._times:
+            self._times = numbers(self.timestep)
+        return self._times
+
+
+def numbers(timestep: Any) -> list[float]:
+    """A timestep's numbers, one or one a row, in float32's precision."""
+    told = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
+    return told.float().flatten().tolist()
 
 
 class Activation:
@@ -89,10 +111,10 @@ class Activation:
         """Which range a batch's is: that of its one timestep, or the only one."""
         if not self.by_timestep:
             return 0.0
-        times = torch.as_tensor(timestep).float().unique()
+        times = {*numbers(timestep)}
         if len(times) != 1:
             raise ValueError("ranges by timestep are set by batches of one timestep")
-        return float(times[0])
+        return times.pop()
 
     @torch.no_grad()
     def observe(self, x: Tensor, timestep: Any = None) -> None:
@@ -122,17 +144,18 @@ class Activation:
         """(Δ, z) at a timestep."""
         if not self.by_timestep:
             return affine(*self.ranges[0.0], self.bits)
-        t = float(torch.as_tensor(timestep).float().flatten()[0])
+        t = numbers(timestep)[0]
         nearest = min(self.ranges, key=lambda known: abs(known - t))
         return affine(*self.ranges[nearest], self.bits)
 
     def __call__(self, x: Tensor, timestep: Any = None) -> Tensor:
         """x̂, differentiable by straight-through estimation."""
-        if self.by_timestep and isinstance(timestep, Tensor) and timestep.numel() > 1:
-            rows = [self.levels(t) for t in timestep.flatten()]
-            if any(row != rows[0] for row in rows):
-                return self._rows(x, rows)
-            timestep = timestep.flatten()[0]
+        if self.by_timestep:
+            times = numbers(timestep)
+            levels = {t: self.levels(t) for t in {*times}}
+            if len({*levels.values()}) > 1:
+                return self._rows(x, [levels[t] for t in times])
+            timestep = times[0]
         delta, zero = self.levels(timestep)
         if self.dropped is not None:
             kept = torch.rand_like(x) < self.dropped
@@ -236,7 +259,7 @@ class QuantisedLayer(nn.Module):
         mode, act = self.call.mode, self.activation
         if mode == "float":
             return self.layer(x)
-        t = self.call.timestep
+        t = self.call.times if act is not None and act.by_timestep else None
         if act is None or self.placement == "output":
             y = self._product(x)
             if act is None:

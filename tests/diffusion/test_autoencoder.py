@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steersman.diffusion import DDIMScheduler, FKSteering, autoencoder
+from steersman.diffusion import DDIMScheduler, FKSteering, autoencoder, dpm_ot
+from steersman.diffusion.agd import applying as agd
+from steersman.diffusion.aptp import training as aptp
 from steersman.diffusion.cfg_pp import AveragePool, invert, restore
+from steersman.diffusion.ptq4dm import method as ptq4dm
 from tests.diffusion import tiny
 
 
@@ -58,4 +61,29 @@ def test_a_vae_that_overflows_runs_in_float32_also_where_gradients_are_taken():
     with FKSteering(lambda images: images.mean((1, 2, 3)), particles=2, gradient=0.5).install(pipe):
         more = {"num_images_per_prompt": 2, "num_inference_steps": 3, "output_type": "latent"}
         assert bool(pipe(**asked, **more).images.isfinite().all())
+    assert pipe.vae.dtype == torch.float16
+
+
+METHODS = pytest.mark.parametrize(
+    "encoded", [agd._encoded, aptp.encoded, dpm_ot._encoded, ptq4dm._encoded], ids=["agd", "aptp", "dpm-ot", "ptq4dm"]
+)
+
+
+@METHODS
+def test_methods_that_learn_from_images_encode_them_as_pipelines_do(encoded):
+    pipe = tiny.stable_diffusion()
+    x = torch.rand(18, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        plain = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in x.split(16)])
+    assert torch.equal(encoded(pipe, x), plain * pipe.vae.config.scaling_factor)
+    pipe.vae.register_to_config(shift_factor=0.06, scaling_factor=1.5)
+    assert torch.equal(encoded(pipe, x), (plain - 0.06) * 1.5)
+
+
+@METHODS
+def test_methods_that_learn_from_images_take_vaes_that_overflow(encoded):
+    pipe, _ = half_sdxl()
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = encoded(pipe, x)
+    assert bool(z.isfinite().all()) and z.dtype == torch.float32
     assert pipe.vae.dtype == torch.float16

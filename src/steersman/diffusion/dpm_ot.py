@@ -42,6 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steersman.diffusion import autoencoder
 from steersman.diffusion.classical import DDIMScheduler
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.solver import Generators
@@ -666,8 +667,7 @@ class DPMOTPipeline:
         elif output_type == "latent" or getattr(self.pipe, "vae", None) is None:
             images = x
         else:
-            vae = self.pipe.vae
-            decoded = vae.decode(x.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+            decoded = autoencoder.decode(self.pipe.vae, x)
             images = self.pipe.image_processor.postprocess(decoded, output_type=output_type)
         return ImagePipelineOutput(images=images) if given.get("return_dict", True) else (images,)
 
@@ -880,11 +880,8 @@ def _encoded(pipe: Any, images: Tensor) -> Tensor:
         raise InputError("images", "pixels", "finite (there are NaN or infinities)")
     x = images.float().cpu()
     if vae is not None and tuple(x.shape[1:]) != wanted:
-        parts = [
-            vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-            for part in x.split(16)
-        ]
-        x = torch.cat(parts).float().cpu()
+        with autoencoder.upcast(vae):
+            x = torch.cat([autoencoder.encode(vae, part) for part in x.split(16)]).float().cpu()
     if tuple(x.shape[1:]) != wanted:
         raise InputError("images", tuple(images.shape[1:]), f"of the network's size (latents of {wanted})")
     return x

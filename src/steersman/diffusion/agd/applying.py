@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.diffusion import autoencoder
 from steersman.diffusion.agd.injection import AGDConfig
 from steersman.diffusion.agd.training import AGDTrainingConfig, train_agd
 from steersman.diffusion.agd.trajectories import collect_cfg_trajectories, latent_shape, noised_pairs
@@ -178,8 +179,5 @@ def _encoded(pipe: Any, images: Tensor) -> Tensor:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return images
-    parts = [
-        vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu() * vae.config.scaling_factor
-        for part in images.split(16)
-    ]
-    return torch.cat(parts)
+    with autoencoder.upcast(vae):
+        return torch.cat([autoencoder.encode(vae, part).float().cpu() for part in images.split(16)])

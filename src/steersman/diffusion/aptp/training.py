@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from steersman.diffusion import autoencoder
 from steersman.diffusion.aptp import losses
 from steersman.diffusion.aptp.captions import Embedding, PooledText, checked_captions, embed_all
 from steersman.diffusion.aptp.costs import MultiplyAdds
@@ -618,12 +619,8 @@ def encoded(pipe: Any, images: Tensor, size: Any = None, batch: int = 16) -> Ten
         raise InputError("images", "pixels", "finite (there are NaN or infinities)")
     if tuple(images.shape[1:]) == latent:
         return images.float().cpu()
-    shift = vae.config.get("shift_factor") or 0.0
-    parts = [
-        ((vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean - shift) * vae.config.scaling_factor).cpu()
-        for part in images.split(batch)
-    ]
-    return torch.cat(parts).float()
+    with autoencoder.upcast(vae):
+        return torch.cat([autoencoder.encode(vae, part).cpu() for part in images.split(batch)]).float()
 
 
 def _config(arguments: dict[str, Any]) -> APTPConfig:

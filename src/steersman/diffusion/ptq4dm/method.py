@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steersman.diffusion import autoencoder
 from steersman.diffusion.dpm_ot import probe, same_network
 from steersman.diffusion.installing import Installable, taken_off
 from steersman.diffusion.ptq4dm.calibration import (
@@ -450,11 +451,8 @@ def _encoded(pipe: Any, images: Tensor) -> Tensor:
     vae: Any = getattr(pipe, "vae", None)
     if vae is None or images.shape[1] == network(pipe).config.get("in_channels"):  # type: ignore[union-attr,operator]
         return images.float().cpu()
-    parts = [
-        vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-        for part in images.split(16)
-    ]
-    return torch.cat(parts).float().cpu()
+    with autoencoder.upcast(vae):
+        return torch.cat([autoencoder.encode(vae, part) for part in images.split(16)]).float().cpu()
 
 
 # ------------------------------------------------------------------ the method on a pipeline

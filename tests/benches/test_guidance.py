@@ -21,6 +21,8 @@ def world(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(
         FACTORIES + "\ndef mean(images, asked):\n    return images.flatten(1).mean(1)\n"
+        "\ndef distilled():\n    pipe = stable_diffusion()\n    pipe.unet.register_to_config(time_cond_proj_dim=8)\n"
+        "    return pipe\n"
         "\ndef bad(images, asked):\n    return images.flatten(1).mean(1)[1:]\n"
     )
     Path("prompts.txt").write_text("a photo of a cat\n\na dog\n")
@@ -129,6 +131,12 @@ def test_bad_input_is_one_sentence(contenders, grid, message):
 def test_unconditional_pipelines_are_refused(world):
     with pytest.raises(InputError, match=r"subject='mine.py:unconditional' .* nothing to guide"):
         run(["cfg"], "mine.py:unconditional")
+
+
+@pytest.mark.parametrize("methods", [["none", "cfg"], ["ClassifierFreeGuidance"]])
+def test_pipelines_with_distilled_guidance_are_refused(world, methods):
+    with pytest.raises(InputError, match=r"subject='mine.py:distilled' .* guidance is distilled"):
+        run(methods, "mine.py:distilled", prompts="prompts.txt")
 
 
 def test_a_factory_that_fails_is_said(world):

@@ -38,7 +38,7 @@ from steersman.diffusion.adaptive_guidance.linear import _Recorder, _scheduler_o
 from steersman.diffusion.adaptive_guidance.trajectories import Runs
 from steersman.diffusion.dpm_ot import probe
 from steersman.diffusion.fk_steering import FKSteering
-from steersman.diffusion.guidance import Moment, both_branches
+from steersman.diffusion.guidance import Guidance, Moment
 from steersman.errors import InputError
 from steersman.reference import digits
 from tests.diffusion import tiny
@@ -127,6 +127,18 @@ def trained():
     return pipe
 
 
+class Watched(Guidance):
+    """Plain guidance; ``take(cond, uncond, moment)`` sees each call."""
+
+    def __init__(self, scale, take) -> None:
+        super().__init__()
+        self.scale, self.take_both = scale, take
+
+    def guide(self, cond, uncond, moment):
+        self.take_both(cond, uncond, moment)
+        return uncond + self.scale * (cond - uncond)
+
+
 def curves(pipe, latents, labels, scale=3.0, steps=8) -> torch.Tensor:
     """gamma (n, B) along plain guidance, by the definition."""
     found = []
@@ -135,7 +147,7 @@ def curves(pipe, latents, labels, scale=3.0, steps=8) -> torch.Tensor:
         a, b = (moment.eps(out).flatten(1).double() for out in (cond, uncond))
         found.append((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)))
 
-    with both_branches(pipe, take):
+    with Watched(scale, take).install(pipe):
         draw(pipe, latents, labels, scale, steps)
     return torch.stack(found)
 
@@ -332,7 +344,7 @@ def trajectories(pipe, latents, labels, scale=3.0, steps=8):
         cond.append(moment.eps(c).double())
         uncond.append(moment.eps(u).double())
 
-    with both_branches(pipe, take):
+    with Watched(scale, take).install(pipe):
         end = draw(pipe, latents, labels, scale, steps)
     return cond, uncond, end
 

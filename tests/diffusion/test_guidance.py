@@ -23,7 +23,7 @@ from steersman.diffusion import (
     load_steered,
     save_steered,
 )
-from steersman.diffusion.guidance import Moment, _own_channels, alpha_bar, both_branches
+from steersman.diffusion.guidance import Moment, _own_channels, alpha_bar
 from steersman.errors import InputError
 from tests.diffusion import tiny
 
@@ -216,11 +216,30 @@ def test_our_schedulers_get_the_unconditional_output_where_a_method_pairs():
         return inner(output, x, slot)
 
     pipe.scheduler._predict_uncond = spy
-    with both_branches(pipe, lambda cond, uncond, moment: kept.append(uncond)), Paired().install(pipe):
+    # A hook from before the guidance's own runs first, and sees what the network says; uncond comes first here.
+    watch = pipe.unet.register_forward_hook(lambda module, args, output: kept.append(output[0].chunk(2)[0]))
+    with Paired().install(pipe):
         draw(pipe, 2.0)
+    watch.remove()
     assert len(seen) == 5 and pipe.scheduler.uncond_output is None
-    # The hook that watches runs first, and sees what the network says.
     assert all(torch.equal(a, b) for a, b in zip(seen, kept, strict=True))
+
+
+def test_only_guidances_that_say_so_answer_row_by_row():
+    class Whole(CFG):
+        rowwise = False
+
+    class Numbers(CFG):
+        def needs_uncond(self, moment):
+            return torch.zeros(len(moment.x) + 1, dtype=torch.bool)
+
+    pipe = classes()
+    with Whole(stop=1, rows=(0,)).install(pipe), pytest.raises(InputError, match="Whole is not rowwise"):
+        draw(pipe, 2.0)
+    with Numbers().install(pipe), pytest.raises(InputError, match=r"shape \(3,\).*bool tensor of shape \(2,\)"):
+        draw(pipe, 2.0)
+    with Whole(stop=1).install(pipe):
+        draw(pipe, 2.0)
 
 
 # ------------------------------------------------------------------ diffusers' guiders

@@ -37,7 +37,7 @@ from steersman.benches._pipelines import (
     sample,
     stand_ins,
 )
-from steersman.diffusion.guidance import Guidance, StockGuidance, of_two_branches, unannounced
+from steersman.diffusion.guidance import Guidance, StockGuidance, is_distilled, of_two_branches, unannounced
 from steersman.engine import subjects
 from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import checked_knobs
@@ -143,6 +143,9 @@ class GuidanceBench(PipelineBench):
             raise InputError("subject", s.spec, "a pipeline of images with labels or prompts")
         if s.kind != "text" and (not s.classes or s.pipe.config.get("null_label") is None):
             wanted = "a pipeline with prompts, or with labels and a null label: this one has nothing to guide"
+            raise InputError("subject", s.spec, wanted)
+        if is_distilled(s.pipe.unet):
+            wanted = "a pipeline with two branches: guidance is distilled into this one, there is nothing to guide"
             raise InputError("subject", s.spec, wanted)
         super().check(s, setting)
         if setting["score"] is not None:

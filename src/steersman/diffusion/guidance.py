@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
@@ -377,6 +377,8 @@ class _Run:
         if self.i == 0:
             self.guidance.begin(self.moment)
         needed = self.guidance.needs_uncond(self.moment)
+        if isinstance(needed, Tensor):
+            self._check_rows(needed, len(x) // 2)
         self.alone = needed is True and not self.guidance.needs_cond(self.moment)
         self.i += 1
         self.full, self.rows = True, None
@@ -449,10 +451,19 @@ class _Run:
             raise InputError("timestep", t, "one of the scheduler's timesteps")
         self.i, self.n, self.times = 0, len(self.values), scheduler.timesteps
 
+    def _check_rows(self, needed: Tensor, rows: int) -> None:
+        name = type(self.guidance).__name__
+        if not self.guidance.rowwise:
+            raise InputError("needs_uncond", "a tensor", f"True or False: {name} is not rowwise")
+        if needed.dtype != torch.bool or needed.shape != (rows,):
+            shown = f"{needed.dtype} of shape {tuple(needed.shape)}"
+            raise InputError(
+                "needs_uncond", shown, f"True, False or a bool tensor of shape ({rows},), one for each row"
+            )
+
     def _refuse_single(self) -> None:
         name, pipe = type(self.guidance).__name__, type(self.pipe).__name__
-        network = network_of(self.pipe)
-        if getattr(network.config, "time_cond_proj_dim", None) or getattr(network.config, "guidance_embeds", False):
+        if is_distilled(network_of(self.pipe)):
             wanted = f"one with two branches: guidance is distilled into this network, {name} has nothing to guide"
             raise InputError("pipe", pipe, wanted)
         scale = getattr(self.pipe, "guidance_scale", 1)
@@ -499,6 +510,12 @@ def network_of(pipe: Any) -> torch.nn.Module:
     raise InputError("pipe", type(pipe).__name__, "a pipeline with a unet or a transformer")
 
 
+def is_distilled(network: Any) -> bool:
+    """Whether guidance was distilled into a network, which is told the scale and has one branch."""
+    config = network.config
+    return bool(getattr(config, "time_cond_proj_dim", None) or getattr(config, "guidance_embeds", False))
+
+
 def remaining(scheduler: Any, timestep: Any) -> list[float]:
     """The timesteps of the run that begins at ``timestep``, known without the device; none if it is not one of them."""
     values = [float(t) for t in scheduler.timesteps.tolist()]
@@ -534,36 +551,6 @@ def alpha_bar(scheduler: Any, timestep: float) -> float:
     logs = 0.5 * (np.log1p(-values) - np.log(values))
     level = float(np.interp(timestep, np.arange(len(values)), logs))
     return 1.0 / (1.0 + math.exp(2.0 * level))
-
-
-@contextmanager
-def both_branches(pipe: Any, take: Callable[[Tensor, Tensor, Moment], None]) -> Iterator[None]:
-    """Watch a guided classic pipeline: ``take(cond, uncond, moment)`` at each call; nothing is changed."""
-
-    class Watch(Guidance):
-        def guide(self, cond: Tensor, uncond: Tensor | None, moment: Moment) -> Tensor:
-            raise AssertionError
-
-    watch = Watch()
-    run = _Run(watch, pipe)
-
-    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        out = output[0] if isinstance(output, tuple) else output.sample
-        assert run.moment is not None and run.moment.x is not None
-        axis = _channel_axis(module, run.moment.x)
-        first, second = out.narrow(axis, 0, run.moment.x.shape[axis]).chunk(2)
-        take(*((first, second) if run.cond_first else (second, first)), run.moment)
-
-    network = network_of(pipe)
-    hooks = [
-        network.register_forward_pre_hook(run.before, with_kwargs=True),
-        network.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 _ON_HOST: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

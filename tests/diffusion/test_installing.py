@@ -122,6 +122,23 @@ def test_a_pipeline_is_saved_plain_and_loaded_with_its_methods(pipe, tmp_path, m
     assert [method.by for method in installed(more)] == [3.0, 2.5]
 
 
+def test_an_earlier_save_in_the_same_folder_leaves_nothing(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_known", {"Scaled": Scaled}.__getitem__)
+    methods = [Scaled(by).install(pipe) for by in (2.0, 1.5)]
+    save_steered(pipe, tmp_path)
+    methods.pop().uninstall()
+    save_steered(pipe, tmp_path)
+    assert [p.name for p in (tmp_path / "steering").iterdir()] == ["0"]
+    again = load_steered(tmp_path)
+    assert [method.by for method in installed(again)] == [2.0]
+    save_steered(again, tmp_path)  # where it comes from
+    assert [method.by for method in installed(load_steered(tmp_path))] == [2.0]
+    methods.pop().uninstall()
+    save_steered(pipe, tmp_path)
+    assert not (tmp_path / "steering").exists() and installed(load_steered(tmp_path)) == ()
+    assert not list(tmp_path.glob(".steering-*"))
+
+
 def test_what_cannot_be_saved_or_loaded_is_said(pipe, tmp_path):
     Unsaved().install(pipe)
     with pytest.raises(InputError, match=r"pipe='Unsaved' .* save_pretrained"):

@@ -12,6 +12,8 @@ what is saved is the plain pipeline with a list of what was on it:
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,7 +128,8 @@ def save_steered(pipe: Any, folder: str | Path) -> None:
 
     Args:
         pipe: a pipeline with any number of installed methods; it has them afterwards, too.
-        folder: where; ``DiffusionPipeline.from_pretrained`` reads the plain pipeline in it.
+        folder: where; ``DiffusionPipeline.from_pretrained`` reads the plain pipeline in it. An earlier save's folder
+            ``steering`` is replaced.
 
     Raises:
         InputError: a method can't be saved.
@@ -135,11 +138,18 @@ def save_steered(pipe: Any, folder: str | Path) -> None:
     for method in stack:
         if not isinstance(method, Saved):
             raise InputError("pipe", type(method).__name__, "with methods that have save_pretrained")
+    folder.mkdir(parents=True, exist_ok=True)
     entries = []
-    for i, method in enumerate(stack):
-        own = f"steering/{i}"
-        method.save_pretrained(folder / own)  # type: ignore[attr-defined]
-        entries.append({"class": type(method).__name__, "folder": own})
+    # Written beside an earlier save and put in its place when whole: a method may have been loaded from there.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".steering-") as made:
+        for i, method in enumerate(stack):
+            method.save_pretrained(Path(made) / str(i))  # type: ignore[attr-defined]
+            entries.append({"class": type(method).__name__, "folder": f"steering/{i}"})
+        shutil.rmtree(folder / "steering", ignore_errors=True)
+        if stack:
+            (folder / "steering").mkdir()
+        for i in range(len(stack)):
+            (Path(made) / str(i)).rename(folder / "steering" / str(i))
     with taken_off(pipe):
         pipe.save_pretrained(str(folder))
     (folder / INDEX).write_text(json.dumps(entries, indent=1) + "\n")

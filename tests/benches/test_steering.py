@@ -200,6 +200,7 @@ def test_a_reward_that_fails_fails_its_row(world):
     [
         ("fk-steering", "mine.py:classes", {}, "reward=None"),
         ("fk-steering", "mine.py:classes", {"reward": "mine.py:brght"}, "did you mean 'bright'"),
+        ("fk-steering", "mine.py:classes", {"reward": "ftp://x"}, r"file.py:name, or the http\(s\) address"),
         ("fk-steering", "mine.py:stable_diffusion", {"reward": "mine.py:bright"}, "one prompt a line"),
         ("fk-steering", "digits", {"prompts": "prompts.txt"}, "takes no prompts"),
         ("fk-steering", "digits", {"labels": "10"}, "numbers from 0 to 9"),

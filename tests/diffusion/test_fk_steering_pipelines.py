@@ -648,7 +648,8 @@ def test_rows_that_are_no_groups_are_refused():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"reward": 3}, "a function, file.py:name, or http"),
+        ({"reward": 3}, "a function, file.py:name, or the http"),
+        ({"reward": "ftp://x"}, r"file.py:name, or the http\(s\) address"),
         ({"reward": "nothing.py:f"}, "no file nothing.py"),
         ({"scale": "automatic"}, "or auto"),
         ({"particles": 1}, "particles=1"),

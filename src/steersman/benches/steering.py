@@ -56,6 +56,7 @@ from steersman.callables import load_callable
 from steersman.diffusion import DDIMScheduler
 from steersman.diffusion.asked import read_prompts
 from steersman.diffusion.fk_steering import FeynmanKac, FKSteering
+from steersman.diffusion.fk_steering.rewards import load_reward
 from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import checked_knobs
 from steersman.errors import Inapplicable, InputError, TrialError
@@ -203,7 +204,7 @@ class Steering(PipelineBench):
             prompts = None if setting["prompts"] is None else read_prompts(setting["prompts"])
             return scenes_wanted(n, prompts, rng)
         if not spec.startswith(("http://", "https://")):
-            load_callable(spec, "reward")
+            load_reward(spec)
         given: Any = None
         if s.kind == "text":
             from steersman.reference import scenes

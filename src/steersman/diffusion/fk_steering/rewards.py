@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from steersman.callables import load_callable
+from steersman.callables import CODE, load_callable
 from steersman.errors import InputError, TrialError
 
 OnError = Literal["stop", "skip"]
@@ -86,6 +86,17 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
+def load_reward(source: str) -> Callable[..., Any]:
+    """The function that ``file.py:name`` names.
+
+    Raises:
+        InputError: no such function, or neither of that form nor an address.
+    """
+    if not CODE.match(source):
+        raise InputError("reward", source, "file.py:name, or the http(s) address of a scorer")
+    return load_callable(source, "reward")
+
+
 class Reward:
     """r(x_0), checked: one finite number for each image, or a sentence that names the particle.
 
@@ -124,11 +135,11 @@ class Reward:
             if source.startswith(("http://", "https://")):
                 self.function: Callable[..., Any] = HTTPReward(source, 60.0 if timeout is None else timeout)
             else:
-                self.function = load_callable(source, "reward")
+                self.function = load_reward(source)
         elif callable(source):
             self.function = source
         else:
-            raise InputError("reward", source, "a function, file.py:name, or http://...")
+            raise InputError("reward", source, "a function, file.py:name, or the http(s) address of a scorer")
         parameters = _parameters(self.function)
         self.wants = {
             name: parameters[name].default is inspect.Parameter.empty for name in CONTEXT if name in parameters

@@ -182,6 +182,23 @@ def test_few_seeds_say_so(tmp_path: Path, seeds):
     assert "±" not in text
 
 
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_a_tie_is_no_lead(tmp_path: Path, seeds):
+    from steersman.report import html, summary
+
+    def headline(**ahead: float) -> str:
+        rows = rows_of(["a", "b", "c"], [10, 20], seeds)
+        for row in rows:
+            row.figures["frechet"] = 3.0 - ahead.get(row.contender, 0.0) + 0.1 * row.seed
+        comparison = comparison_of(rows, ["a", "b", "c"], tmp_path)
+        return html._headline(comparison, summary.picks(comparison))
+
+    assert headline() == "Nothing differs in frechet at every budget"
+    unsure = " at every budget; the seeds are too few to be sure"
+    assert headline(a=0.5, b=0.5) == "Nothing is better than a" + (unsure if seeds == 3 else " at any budget")
+    assert headline(b=0.5) == ("b leads" + unsure if seeds == 3 else "b is best at every budget")
+
+
 def test_one_contender(tmp_path: Path):
     text = Page(render(comparison_of(rows_of(["ddim"]), ["ddim"], tmp_path))).text
     assert "ddim on digits" in text and "nothing to compare it with here" in text

@@ -208,6 +208,9 @@ def _headline(comparison: Comparison, found: Sequence[Pick]) -> str:
     cost = comparison.bench.headline[1]
     place = "budget" if varying(comparison) == [cost] else "setting"
     everywhere = f" at every {place}" if len(found) > 1 else ""
+    gaps = [d for p in found for d in p.rivals]
+    if gaps and all(d.mean == 0 and d.interval in (None, (0.0, 0.0)) for d in gaps):
+        return f"Nothing differs in {found[0].figure.replace('_', ' ')}{everywhere}"
     if sureness == {"alone"}:
         return f"{_brief(found[0].best)} on {comparison.config.get('subject', 'the subject')}"
     if not unbeaten:
@@ -221,6 +224,8 @@ def _headline(comparison: Comparison, found: Sequence[Pick]) -> str:
     name = _brief(max(unbeaten, key=lambda c: sum(p.best == c for p in found)))
     if sureness == {"clear"}:
         return f"{name} is best{everywhere}"
+    if "unknown" in sureness and any(d.mean == 0 for d in gaps):  # a tie is no lead
+        return f"Nothing is better than {name}{everywhere}; the seeds are too few to be sure"
     if "unknown" in sureness:
         return f"{name} leads{everywhere}; the seeds are too few to be sure"
     if sureness <= {"tied", "clear"}:

@@ -252,7 +252,7 @@ def sure(found: Pick) -> str:
     if found.verdict == "tied":
         return f"the same as {listed(found.tied)} at every seed"
     runner = found.rivals[0]
-    gap = f"{number(runner.mean, 3)} better than {runner.b}"
+    gap = f"{number(runner.mean, 3)} better than {runner.b}" if runner.mean else f"as good as {runner.b}"
     if found.verdict == "unknown":
         return f"{gap}; no interval with fewer than 5 seeds"
     low, high = runner.interval or (runner.mean, runner.mean)

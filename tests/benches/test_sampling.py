@@ -121,6 +121,13 @@ def test_each_contender_takes_the_most_steps_that_fit_into_the_calls(world, shor
     assert "needs at least 13" in row.error
 
 
+def test_a_sampler_of_diffusers_that_fails_is_said_to(world):
+    found = run(["PNDMScheduler"], "gaussians", calls=[2])
+    row = found.rows[0]
+    assert row.status == "inapplicable"
+    assert row.error.startswith("PNDMScheduler of diffusers fails with 2 steps (ValueError: ")
+
+
 def test_all_start_from_the_same_noise_and_the_first_order_ones_agree(world, short_trajectories):
     comparison = run(["ddim", "euler", "ddim:eta=1"], "gaussians", calls=[6], seeds=2)
     for figure in ("trajectory_error", "wasserstein", "mode_weight_error"):

@@ -272,7 +272,9 @@ class PipelineBench:
         elif _made_first(build, part):
             if len(h.parts) > 1:
                 raise InputError("methods", h.label, f"{part.id} first, and only one method that makes an artefact")
-            _split_knobs(part)
+            settings, knobs = _split_knobs(part)
+            if hasattr(build, "check_settings"):  # what can be said before anything is made
+                build.check_settings(**settings, **knobs)
             if subjects.resolve(h.subject.spec).kind != "reference" or h.subject.law is not None:
                 made = f"steersman apply {part.id} --subject {h.subject.spec} --out FOLDER"
                 raise InputError(
@@ -411,18 +413,25 @@ def most_steps(scheduler: Any, calls: int) -> int:
     Raises:
         Inapplicable: not one does.
     """
-    reason, least = "", None
+    name, reason, foreign, least = type(scheduler).__name__, "", "", None
     for steps in range(calls, 0, -1):
         try:
             scheduler.set_timesteps(steps)
         except (ValueError, IndexError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split())
+            text = " ".join(str(error).split())
+            if isinstance(error, InputError):
+                reason = text
+            elif not foreign:  # of the most steps
+                library = type(scheduler).__module__.partition(".")[0]
+                foreign = f"{name} of {library} fails with {steps} steps ({type(error).__name__}: {text})"
             continue
         if len(scheduler.timesteps) <= calls:
             return steps
         least = len(scheduler.timesteps)
+    if foreign and least is None:
+        raise Inapplicable(foreign)
     why = f"it needs at least {least}" if least is not None else reason
-    raise Inapplicable(f"{type(scheduler).__name__} has no plan for {calls} network calls ({why})")
+    raise Inapplicable(f"{name} has no plan for {calls} network calls ({why})")
 
 
 def asked_for(s: Subject, data: Data | None, setting: Setting, rng: Streams) -> Any:

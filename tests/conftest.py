@@ -69,7 +69,13 @@ To greet.
 """
 
 METHOD = """
+import warnings
+
+
 def hello(strength: float = 1.0):
+    if strength == 7:
+        warnings.warn("mind\\n the greeting")
+        warnings.warn("mind the greeting")
     return float(strength)
 
 

@@ -105,6 +105,13 @@ def test_failed_rows_exit_3_and_keep_the_others(cli, plugin, tmp_path):
     assert "NaN at step 3" in (tmp_path / "a" / "report.html").read_text()
 
 
+def test_a_warning_is_one_plain_line_and_comes_once(cli, plugin):
+    done = cli("compare", "greetings", "-m", "hello:strength=7", "--json", "--out", "a", env=plugin)
+    assert done.returncode == 0 and json.loads(done.stdout)
+    told = [line for line in done.stderr.splitlines() if "mind" in line or "arning" in line]
+    assert told == ["warning: mind the greeting"]
+
+
 def test_json_goes_to_standard_output_alone(cli, plugin):
     record = json.loads(cli("compare", "greetings", "--json", "--out", "a", env=plugin).stdout)
     assert len(record["rows"]) == 10 and record["report"] == "a/report.html"

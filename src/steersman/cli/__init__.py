@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -50,9 +51,23 @@ def _terminate(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _one_line_warnings() -> None:
+    """Show each warning once, as one plain line on standard error, without the source that it comes from."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *rest: object, **more: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
+
+
 def main() -> None:
     """Entry point of ``steersman``. A polite kill ends like Ctrl-C: what is finished stays, children stop."""
     signal.signal(signal.SIGTERM, _terminate)
+    _one_line_warnings()
     # Read when torch loads. Without it idle OpenMP threads spin, and on a machine with anything else to do small
     # networks take many times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from steersman import quiet
 from steersman.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -45,7 +46,8 @@ def load_pipeline(subject: str | Path) -> Any:
             from steersman import diffusion
 
             kind = getattr(diffusion, str(json.loads(index.read_text()).get("_class_name")), kind)
-        return kind.from_pretrained(str(subject))
+        with quiet.loading():
+            return kind.from_pretrained(str(subject))
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError("subject", str(subject), f"a diffusers pipeline that can be read ({reason})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from steersman import quiet
 from steersman.errors import InputError
 from steersman.reference import loading
 from steersman.reference.reviews.law import having
@@ -37,7 +38,8 @@ def language_model(name: str = "base") -> tuple[PreTrainedModel, PreTrainedToken
     if name not in ("base", "conditional"):
         raise InputError("name", name, "base or conditional")
     folder = _folder(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    with quiet.loading():
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -49,7 +51,8 @@ def value_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = _folder("value")
-    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+    with quiet.loading():
+        model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

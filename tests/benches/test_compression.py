@@ -135,6 +135,14 @@ def test_real_images_of_the_user_judge_quality(world):
         ("half:dtype=int8", "mine.py:classes", "bfloat16 or float16"),
         ("ptq4dm:bits=8", "mine.py:classes", "steersman apply ptq4dm"),
         ("ptq4dm:bots=8", "digits", "did you mean 'bits'"),
+        ("ptq4dm:bits=99", "digits", "bits=99 is not allowed: it must be a whole number from 2 to 8"),
+        ("ptq4dm:execution=int4", "digits", "simulated or int8"),
+        ("ptq4dm:bits=6:execution=int8", "digits", "simulated at W6A6"),
+        ("ptq4dm:activation_bits=32:execution=int8", "digits", "no layer has 8 bits for both"),
+        ("ptq4dm:states=noise", "digits", "states='noise' is not allowed"),
+        ("ptq4dm:size=4", "digits", "from 16"),
+        ("ptq4dm:steps=0", "digits", "from 1"),
+        ("ptq4dm:layers=conv_in", "digits", "conv_in=8"),
         ("momentum-decoding", "digits", "it runs in: decoding"),
     ],
 )
@@ -147,7 +155,7 @@ def test_an_artefact_of_another_network_fails_with_a_sentence(world):
     run_verb("apply", "ptq4dm", "digits", "made", settings={"size": 16, "steps": 2})
     with pytest.raises(InputError, match="this one is another"):
         run(["made"], "mine.py:classes")
-    c = run(["ptq4dm:bits=6:size=16:steps=2:execution=int8", "float"], "digits", samples=8)
+    c = run(["ptq4dm:layers=conv_out=6:size=16:steps=2:execution=int8", "float"], "digits", samples=8)
     assert [r.status for r in c.rows] == ["failed", "ok"]
     assert "W6A6" in str(c.rows[0].error)
 

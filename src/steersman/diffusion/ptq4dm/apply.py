@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from steersman.diffusion.asked import SUFFIXES, read_asked, takes_prompts
 from steersman.diffusion.images import load_pipeline, read_images
 from steersman.diffusion.ptq4dm.calibration import Calibration, Pairing, States, Times, network
 from steersman.diffusion.ptq4dm.layers import Execution, Placement, Scheme
-from steersman.diffusion.ptq4dm.method import quantize_ptq4dm
+from steersman.diffusion.ptq4dm.method import check_quantisation, quantize_ptq4dm
 from steersman.diffusion.ptq4dm.quantisers import Metric
 from steersman.errors import InputError
 
@@ -119,6 +120,16 @@ def apply(
     before = sum(p.numel() * p.element_size() for p in net.parameters())
     after = method.footprint(net)
     return {"megabytes": after / 1e6, "megabytes_before": before / 1e6, "ratio": before / after, **method.report()}
+
+
+def check(**settings: Any) -> None:
+    """Refuse settings of :func:`apply` that no network can be quantised with."""
+    own = {field.name for field in fields(Calibration)}
+    Calibration(**{name: value for name, value in settings.items() if name in own})
+    # What depends on the pipeline is checked with it.
+    left = own | {"guidance", "prompts", "by_timestep", "layers"}
+    rest = {name: value for name, value in settings.items() if name not in left}
+    check_quantisation(**rest, layers=_bits_of_layers(settings.get("layers")))
 
 
 def _images(pipe: Any, source: Path) -> tuple[Tensor, list[int] | None, list[str] | None]:

@@ -167,24 +167,19 @@ def quantize_ptq4dm(
     """
     wanted = {"weights": bits if weight_bits is None else weight_bits}
     wanted["activations"] = bits if activation_bits is None else activation_bits
-    check_bits("bits", bits)
-    check_bits("weight_bits", wanted["weights"])
-    check_bits("activation_bits", wanted["activations"])
-    for name, value, known in (
-        ("activations", activations, ("input", "output")),
-        ("metric", metric, METRICS),
-        ("scheme", scheme, ("symmetric", "asymmetric")),
-    ):
-        if value not in known:
-            raise InputError(name, value, nearest(str(value), known))
-    if scheme == "asymmetric" and metric not in ("l2.4", "mse", "l1"):
-        raise InputError("metric", metric, "l2.4, mse or l1 where zero points are searched for, too")
-    if isinstance(adaround, bool) or not isinstance(adaround, int) or adaround < 0:
-        raise InputError("adaround", adaround, "a whole number of iterations, from 0 (no learning)")
-    if not 0 <= qdrop <= 1:
-        raise InputError("qdrop", qdrop, "a share from 0 to 1")
-    for pattern, own in (layers or {}).items():
-        check_bits(f"bits of {pattern}", own)
+    check_quantisation(
+        bits,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        steps=steps,
+        activations=activations,
+        metric=metric,
+        scheme=scheme,
+        layers=layers,
+        adaround=adaround,
+        qdrop=qdrop,
+        execution=execution,
+    )
     calibration = calibration or Calibration()
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     say = progress or (lambda line: None)
@@ -275,6 +270,59 @@ def quantize_ptq4dm(
         "kept": dict(sorted(kept.items())),
     }
     return PTQ4DM(record, tensors, execution=execution)
+
+
+def check_quantisation(
+    bits: int = 8,
+    *,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    steps: int = 50,
+    activations: str = "input",
+    metric: str = "l2.4",
+    scheme: str = "symmetric",
+    layers: Mapping[str, int] | None = None,
+    adaround: int = 0,
+    qdrop: float = 0.5,
+    execution: str | None = None,
+) -> None:
+    """Refuse settings of :func:`quantize_ptq4dm` that no network can be quantised with.
+
+    Raises:
+        InputError: a value that is not allowed.
+    """
+    both = bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits
+    check_bits("bits", bits)
+    check_bits("weight_bits", both[0])
+    check_bits("activation_bits", both[1])
+    for name, value, known in (
+        ("activations", activations, ("input", "output")),
+        ("metric", metric, METRICS),
+        ("scheme", scheme, ("symmetric", "asymmetric")),
+    ):
+        if value not in known:
+            raise InputError(name, value, nearest(str(value), known))
+    if scheme == "asymmetric" and metric not in ("l2.4", "mse", "l1"):
+        raise InputError("metric", metric, "l2.4, mse or l1 where zero points are searched for, too")
+    for name, count, least, what in (("adaround", adaround, 0, " of iterations"), ("steps", steps, 1, "")):
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise InputError(name, count, f"a whole number{what}, from {least}")
+    if not 0 <= qdrop <= 1:
+        raise InputError("qdrop", qdrop, "a share from 0 to 1")
+    for pattern, own in (layers or {}).items():
+        check_bits(f"bits of {pattern}", own)
+    _check_execution(execution, activations)
+    if execution == "int8" and not layers and both != (8, 8):
+        if 32 in both:
+            raise InputError("execution", "int8", "simulated, as no layer has 8 bits for both factors")
+        raise InputError("execution", "int8", f"simulated at W{both[0]}A{both[1]} (integer kernels have 8 bits)")
+
+
+def _check_execution(execution: str | None, activations: str) -> None:
+    if execution not in (None, "simulated", "int8"):
+        raise InputError("execution", execution, "simulated or int8")
+    if execution == "int8" and activations != "input":
+        raise InputError("execution", "int8", "simulated, as the quantised outputs are no integers at the next layer")
 
 
 def _bits(
@@ -476,14 +524,9 @@ class PTQ4DM(Installable):
     def __init__(
         self, record: Mapping[str, Any], tensors: Mapping[str, Tensor], execution: Execution = "simulated"
     ) -> None:
-        if execution not in ("simulated", "int8"):
-            raise InputError("execution", execution, "simulated or int8")
+        _check_execution(execution, record["activations"])
         self.record, self.tensors, self.execution = record, dict(tensors), execution
         if execution == "int8":
-            if record["activations"] != "input":
-                raise InputError(
-                    "execution", "int8", "simulated, as the quantised outputs are no integers at the next layer"
-                )
             for name, facts in self.layers.items():
                 # A layer with either in floating point is a product of that kind.
                 bits = facts["weight_bits"], facts["activation_bits"]
@@ -509,6 +552,17 @@ class PTQ4DM(Installable):
     def kept(self) -> Mapping[str, str]:
         """What stayed in floating point, by name, and why."""
         return self.record["kept"]
+
+    @staticmethod
+    def check_settings(**settings: Any) -> None:
+        """Refuse settings of ``apply`` and :meth:`mount` that can't be, before anything is made.
+
+        Raises:
+            InputError: a value that is not allowed.
+        """
+        from steersman.diffusion.ptq4dm.apply import check
+
+        check(**settings)
 
     # -------------------------------------------------------------- on and off
 

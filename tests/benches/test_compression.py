@@ -17,6 +17,7 @@ from steersman.engine.compare import compare
 from steersman.errors import InputError
 from steersman.reference import digits
 from steersman.report.blocks import Curves, ImageGrid, Note, TableBlock
+from steersman.report.summary import picks
 from tests.benches.test_sampling import FACTORIES
 
 
@@ -120,6 +121,25 @@ def test_a_text_to_image_pipeline_of_the_user(world):
     rows = {r.contender: r.figures for r in c.rows}
     assert rows["half"]["drift"] < 0.1 and 0 < rows["made:execution=int8"]["drift"] < 0.1
     assert rows["float"]["multiply_adds"] == pytest.approx(rows["half"]["multiply_adds"])
+
+
+def test_the_original_and_one_other_are_compared(world):
+    c = run(["float", "half"], seeds=5)
+    assert c.bench.headline == ("drift", "seconds_per_sample")
+    (found,) = picks(c)
+    assert found.figure == "drift" and found.best == "float" and [d.b for d in found.rivals] == ["half"]
+    assert found.verdict == "clear"
+
+
+def test_calls_that_guidance_leaves_out_are_not_counted(world):
+    subjects.load_callable("mine.py:stable_diffusion")().save_pretrained("mine")
+    # Threshold -1 is passed at the first call: from then on half of the rows.
+    names = ["ddim", "ddim+adaptive-guidance:threshold=-1", "ddim+adaptive-guidance:threshold=1"]
+    c = run(names, "./mine", prompts="prompts.txt", guidance=2.0, samples=4, steps=[4])
+    assert [r.status for r in c.rows] == ["ok"] * 3, [r.error for r in c.rows]
+    both, early, never = (r.figures["multiply_adds"] for r in c.rows)
+    assert never == pytest.approx(both)
+    assert early == pytest.approx(both * 5 / 8)
 
 
 def test_real_images_of_the_user_judge_quality(world):

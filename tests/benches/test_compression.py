@@ -163,6 +163,10 @@ def test_real_images_of_the_user_judge_quality(world):
         ("ptq4dm:size=4", "digits", "from 16"),
         ("ptq4dm:steps=0", "digits", "from 1"),
         ("ptq4dm:layers=conv_in", "digits", "conv_in=8"),
+        ("aptp:budget=2", "scenes", "budget=2"),
+        ("aptp:finetune=-1", "scenes", "finetune=-1"),
+        ("aptp:experts=40", "scenes", "at most the batch size"),
+        ("aptp:routing=best", "scenes", "routing='best'"),
         ("momentum-decoding", "digits", "it runs in: decoding"),
     ],
 )

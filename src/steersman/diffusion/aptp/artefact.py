@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -63,27 +64,21 @@ def apply(
     pipe = load_pipeline(subject)
     pipe.set_progress_bar_config(disable=True)
     images, captions = read_captioned(input)
-    if isinstance(finetune, bool) or finetune < 0:
-        raise InputError("finetune", finetune, "a whole number from 0")
-    single = architecture != "learned"
-    config = APTPConfig(
+    config = _config(
+        steps,
+        finetune,
+        architecture,
+        experts,
         budget=budget,
-        experts=1 if single else experts,
-        architecture=architecture,
         transport=transport,
         balanced=balanced,
         by_macs=by_macs,
-        steps=steps,
         batch_size=batch_size,
         shrink=shrink,
         learning_rate=learning_rate,
-        scale_learning_rate=False,
         warm_start=warm_start,
-        warmup=min(10, steps),
-        finetune_steps=finetune,
         finetune_batch_size=finetune_batch_size,
         finetune_learning_rate=finetune_learning_rate,
-        finetune_warmup=min(10, finetune),
         seed=seed,
     )
     pruner = PromptRoutedPruner(pipe, config, embedding=embedding, progress=log)
@@ -93,3 +88,25 @@ def apply(
         pruner.finetune()
     pruner.save(out)
     return pruner.report()
+
+
+def check(**settings: Any) -> None:
+    """Refuse settings of :func:`apply` that can't be, whatever the pipeline."""
+    known = inspect.signature(apply).parameters.values()
+    asked = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY and p.name not in ("log", "embedding")}
+    _config(**asked | {name: value for name, value in settings.items() if name in asked})
+
+
+def _config(steps: int, finetune: int, architecture: Any, experts: int, **others: Any) -> APTPConfig:
+    if isinstance(finetune, bool) or finetune < 0:
+        raise InputError("finetune", finetune, "a whole number from 0")
+    return APTPConfig(
+        experts=experts if architecture == "learned" else 1,
+        architecture=architecture,
+        steps=steps,
+        scale_learning_rate=False,
+        warmup=min(10, steps),
+        finetune_steps=finetune,
+        finetune_warmup=min(10, finetune),
+        **others,
+    )

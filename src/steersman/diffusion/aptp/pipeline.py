@@ -101,15 +101,24 @@ class PromptRoutedPipeline:
     ) -> None:
         if not experts:
             raise InputError("experts", "none", "at least one")
-        if routing not in ROUTINGS:
-            raise InputError("routing", routing, f"one of {', '.join(ROUTINGS)}")
-        if not isinstance(official_eval_noise, bool):
-            raise InputError("official_eval_noise", official_eval_noise, "true or false")
+        _check(routing, official_eval_noise)
         self.router, self.routing, self.official_eval_noise = router, routing, official_eval_noise
         self.macs = dict(macs or {})
         self.embedding: Embedding = embedding or PooledText(pipe)
         self.pipe = copy.copy(pipe)
         self.pipe.unet = RoutedUNet(experts)
+
+    @staticmethod
+    def check_settings(routing: str = "learned", official_eval_noise: bool = False, **settings: Any) -> None:
+        """Refuse settings of ``apply`` and :meth:`mount` that can't be, before anything is made.
+
+        Raises:
+            InputError: a value that is not allowed.
+        """
+        from steersman.diffusion.aptp.artefact import check
+
+        _check(routing, official_eval_noise)
+        check(**settings)
 
     @classmethod
     def mount(
@@ -312,3 +321,10 @@ def _hash(*texts: str) -> int:
 
 # Recorded under the room's name, where it is exported, not under this file's.
 PromptRoutedPipeline.__module__ = "steersman.diffusion"
+
+
+def _check(routing: str, official_eval_noise: bool) -> None:
+    if routing not in ROUTINGS:
+        raise InputError("routing", routing, f"one of {', '.join(ROUTINGS)}")
+    if not isinstance(official_eval_noise, bool):
+        raise InputError("official_eval_noise", official_eval_noise, "true or false")

@@ -35,7 +35,7 @@ from steersman.diffusion.aptp.gates import OFFSET, TEMPERATURE, GateLayout, gumb
 from steersman.errors import InputError
 
 EPSILON, ITERATIONS = 0.05, 3
-SHARP = 0.05
+SHARP = 0.01
 """ε of the offsets that balance an argmax, in standard deviations."""
 CLOSE = 0.002
 """Share of all multiply-adds by which a budget may be undercut."""

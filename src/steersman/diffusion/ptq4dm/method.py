@@ -615,8 +615,11 @@ class PTQ4DM(Installable):
         self._places, self._originals = {}, {}
 
     @classmethod
-    def mount(cls, pipe: Any, folder: str | Path, execution: Execution = "simulated") -> Any:
-        """A pipeline like ``pipe`` whose network is quantised as in ``folder``; ``pipe`` stays as it is."""
+    def mount(cls, pipe: Any, folder: str | Path, execution: Execution | None = None) -> Any:
+        """A pipeline like ``pipe`` whose network is quantised as in ``folder``; ``pipe`` stays as it is.
+
+        ``execution`` is the folder's unless given.
+        """
         twin = copy.copy(pipe)
         twin.__dict__ = {name: value for name, value in vars(pipe).items() if name != "_steersman_installed"}
         for name in ("unet", "transformer"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steersman.diffusion.images import read_images
+from steersman.diffusion.images import pixels, read_images
 from steersman.errors import InputError
 
 Embedding = Callable[[Sequence[str]], Tensor]
@@ -48,7 +48,7 @@ def _read_folder(source: Path) -> tuple[Tensor, list[str]]:
     lists = sorted(source.glob("*.jsonl"))
     if len(lists) != 1:
         raise InputError("input", str(source), f"a folder with one .jsonl of {{file, text}} (it has {len(lists)})")
-    pixels, captions = [], []
+    pictures, captions = [], []
     for number, line in enumerate(lists[0].read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -62,16 +62,18 @@ def _read_folder(source: Path) -> tuple[Tensor, list[str]]:
             raise InputError("input", where, f'{{"file": ..., "text": ...}} ({error})') from None
         try:
             with Image.open(source / name) as image:
-                pixels.append(np.asarray(image.convert("RGB"), dtype=np.float32) / 127.5 - 1)
+                pictures.append(2 * pixels(name, image, 3) - 1)
         except (UnidentifiedImageError, OSError) as error:
             raise InputError("input", f"{where}: {name}", f"an image file that can be read ({error})") from None
-        if pixels[-1].shape != pixels[0].shape:
-            (h, w, _), (h0, w0, _) = pixels[-1].shape, pixels[0].shape
+        if pictures[-1].shape != pictures[0].shape:
+            (h, w, _), (h0, w0, _) = pictures[-1].shape, pictures[0].shape
             raise InputError("input", f"{name} of {w}x{h}", f"of one size with the others ({w0}x{h0})")
         captions.append(text)
-    if not pixels:
+    if not pictures:
         raise InputError("input", str(lists[0]), "at least one line")
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), checked_captions(captions, len(pixels))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), checked_captions(
+        captions, len(pictures)
+    )
 
 
 def checked_captions(captions: Any, count: int | None = None) -> list[str]:

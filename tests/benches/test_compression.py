@@ -11,6 +11,7 @@ from torch import nn
 
 from steersman import catalog
 from steersman.benches.compression import Compression, footprint
+from steersman.diffusion.ptq4dm import kernels
 from steersman.engine import subjects
 from steersman.engine.artefacts import run_verb
 from steersman.engine.compare import compare
@@ -19,6 +20,8 @@ from steersman.reference import digits
 from steersman.report.blocks import Curves, ImageGrid, Note, TableBlock
 from steersman.report.summary import picks
 from tests.benches.test_sampling import FACTORIES
+
+integer = pytest.mark.skipif(not kernels(), reason="this machine's processor has no exact int8 kernels")
 
 
 @pytest.fixture
@@ -87,6 +90,7 @@ def test_costs_and_drift_of_the_baselines(world):
     assert footprint(pipe) == 4 * size  # contenders left the subject as it was
 
 
+@integer
 def test_quantised_contenders_on_digits(world):
     made = run_verb("apply", "ptq4dm", "digits", "made", settings={"size": 16, "steps": 4}, seed=0)
     contenders = ["made", "made:execution=int8", "made+dpm-solver-pp", "ptq4dm:bits=4:size=16:steps=4", "float", "real"]
@@ -111,6 +115,7 @@ def test_quantised_contenders_on_digits(world):
     assert len(labels) == 16
 
 
+@integer
 def test_a_text_to_image_pipeline_of_the_user(world):
     subjects.load_callable("mine.py:stable_diffusion")().save_pretrained("mine")
     settings = {"size": 16, "steps": 2, "guidance": 2.0}
@@ -175,6 +180,7 @@ def test_contenders_that_can_t_run_are_refused(world, contender, subject, senten
         run([contender], subject)
 
 
+@integer
 def test_an_artefact_of_another_network_fails_with_a_sentence(world):
     run_verb("apply", "ptq4dm", "digits", "made", settings={"size": 16, "steps": 2})
     with pytest.raises(InputError, match="this one is another"):

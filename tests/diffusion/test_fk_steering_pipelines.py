@@ -511,7 +511,9 @@ def test_saved_and_loaded(tmp_path):
     FKSteering(text, "max", 300.0, schedule=(2, 0.5), r_min=-math.inf, ess_threshold=0.5, seed=4).install(pipe)
     wanted = call(pipe)
     save_steered(pipe, tmp_path / "pipe")
-    loaded = load_steered(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"given again \(it was .*score\.py:bright"):  # a folder names no code to run
+        load_steered(tmp_path / "pipe")
+    loaded = load_steered(tmp_path / "pipe", FKSteering={"reward": text})
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(call(loaded), wanted)
     plain = ClassConditionalPipeline.from_pretrained(tmp_path / "pipe")

@@ -147,6 +147,9 @@ def test_what_cannot_be_saved_or_loaded_is_said(pipe, tmp_path):
     with pytest.raises(InputError, match="one that save_steered wrote"):
         load_steered(tmp_path)
     pipe.save_pretrained(str(tmp_path / "own"))
+    (tmp_path / "own" / "steering.json").write_text('[{"class": "Installable", "folder": "../x"}]')
+    with pytest.raises(InputError, match=r"folder in steering\.json=.* inside"):
+        load_steered(tmp_path / "own")
     (tmp_path / "own" / "steering.json").write_text('[{"class": "Popen", "folder": "x"}]')
     with pytest.raises(InputError, match=r"class in steering\.json='Popen'"):
         load_steered(tmp_path / "own")

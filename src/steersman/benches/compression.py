@@ -268,16 +268,10 @@ class Compression(PipelineBench):
         blocks: list[Block] = []
         peaks: dict[str, dict[str, np.ndarray]] = {}
         for setting in comparison.settings:
-            shown: dict[str, np.ndarray] = {}
-            for label in comparison.contenders:
-                for row in comparison.select(label, **setting)[:1]:
-                    folder = row.items_dir(comparison.out)
-                    if folder is not None and (folder / "samples.npz").is_file():
-                        with np.load(folder / "samples.npz") as saved:
-                            shown[label] = saved[saved.files[0]]
-                    if folder is not None and (folder / "peaks.npz").is_file() and label not in peaks:
-                        with np.load(folder / "peaks.npz") as saved:
-                            peaks[label] = {name: saved[name] for name in saved.files}
+            shown = {
+                label: next(iter(arrays.values())) for label, arrays in comparison.saved("samples", **setting).items()
+            }
+            peaks = comparison.saved("peaks", **setting) | peaks
             if shown:
                 caption = "Each column starts from the same noise, with the same label or prompt."
                 blocks.append(ImageGrid("Samples", shown, caption=caption, setting=setting))

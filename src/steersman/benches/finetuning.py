@@ -348,13 +348,9 @@ class Finetuning:
     def exhibits(self, comparison: Comparison) -> list[Block]:
         blocks: list[Block] = []
         for setting in comparison.settings:
-            grid = {}
-            for label in comparison.contenders:
-                for row in comparison.select(label, **setting)[:1]:
-                    folder = row.items_dir(comparison.out)
-                    if folder is not None and (folder / "samples.npz").is_file():
-                        with np.load(folder / "samples.npz") as saved:
-                            grid[label] = saved[saved.files[0]]
+            grid = {
+                label: next(iter(arrays.values())) for label, arrays in comparison.saved("samples", **setting).items()
+            }
             if grid:
                 caption = "Each column starts from the same noise and label; the row real shows training images."
                 blocks.append(ImageGrid("Samples", grid, caption=caption, setting=setting))

@@ -247,13 +247,9 @@ class GuidanceBench(PipelineBench):
     def exhibits(self, comparison: Comparison) -> list[Block]:
         blocks: list[Block] = []
         for setting in comparison.settings:
-            shown: dict[str, np.ndarray] = {}
-            for label in comparison.contenders:
-                for row in comparison.select(label, **setting)[:1]:
-                    folder = row.items_dir(comparison.out)
-                    if folder is not None and (folder / "samples.npz").is_file():
-                        with np.load(folder / "samples.npz") as saved:
-                            shown[label] = saved[saved.files[0]]
+            shown = {
+                label: next(iter(arrays.values())) for label, arrays in comparison.saved("samples", **setting).items()
+            }
             if shown:
                 caption = "Each column starts from the same noise, with the same label or prompt."
                 blocks.append(ImageGrid("Samples", shown, caption=caption, setting=setting))

@@ -211,13 +211,8 @@ class LoadBalancing:
         varying = [name for name, values in comparison.config["grid"].items() if len(values) > 1]
         for setting in comparison.settings:
             short = {name: setting[name] for name in varying}
-            up, down = {}, {}
-            for label in comparison.contenders:
-                for row in comparison.select(label, **setting)[:1]:
-                    folder = row.items_dir(comparison.out)
-                    if folder is not None and (folder / "links.npz").is_file():
-                        with np.load(folder / "links.npz") as saved:
-                            up[label], down[label] = saved["up"], saved["down"]
+            links = comparison.saved("links", **setting)
+            up, down = ({label: arrays[way] for label, arrays in links.items()} for way in ("up", "down"))
             if up:
                 caption = "The step in which hashing is furthest from spraying; one seed."
                 blocks.append(LoadMap("Load of every link", up, down, ideal=1.0, caption=caption, setting=short))

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -321,13 +320,7 @@ class Pretraining:
         target, _ = law.sample(500, Streams(0).torch("target"))
         blocks: list[Block] = [note]
         for setting in comparison.settings:
-            shown = {}
-            for label in comparison.contenders:
-                for row in comparison.select(label, **setting)[:1]:
-                    folder = row.items_dir(comparison.out)
-                    if folder is not None and (folder / "points.npz").is_file():
-                        with np.load(folder / "points.npz") as saved:
-                            shown[label] = saved["points"]
+            shown = {label: arrays["points"] for label, arrays in comparison.saved("points", **setting).items()}
             if shown:
                 caption = "Behind the samples is the exact law."
                 blocks.append(Scatter("Samples", shown, target.numpy(), caption=caption, setting=setting))

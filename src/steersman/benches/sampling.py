@@ -152,14 +152,8 @@ class Sampling(PipelineBench):
         if str(comparison.config["subject"]).partition(":")[0] == "gaussians":
             law = gaussians.mixture(comparison.config["subject"])
         for setting in comparison.settings:
-            shown: dict[str, np.ndarray] = {}
-            for label in comparison.contenders:
-                for row in comparison.select(label, **setting)[:1]:
-                    folder = row.items_dir(comparison.out)
-                    file = folder / ("points.npz" if law is not None else "samples.npz") if folder else None
-                    if file is not None and file.is_file():
-                        with np.load(file) as saved:
-                            shown[label] = saved[saved.files[0]]
+            kind = "samples" if law is None else "points"
+            shown = {label: next(iter(arrays.values())) for label, arrays in comparison.saved(kind, **setting).items()}
             if shown and law is not None:
                 target, _ = law.sample(500, Streams(0).torch("target"))
                 caption = "All panels start from the same noise; behind them is the exact law."

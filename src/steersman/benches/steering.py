@@ -448,14 +448,8 @@ class Steering(PipelineBench):
         blocks: list[Block] = []
         points = str(comparison.config["subject"]).partition(":")[0] == "gaussians"
         for setting in comparison.settings:
-            shown: dict[str, np.ndarray] = {}
-            for label in comparison.contenders:
-                for row in comparison.select(label, **setting)[:1]:
-                    folder = row.items_dir(comparison.out)
-                    file = folder / ("points.npz" if points else "samples.npz") if folder else None
-                    if file is not None and file.is_file():
-                        with np.load(file) as saved:
-                            shown[label] = saved[saved.files[0]]
+            kind = "points" if points else "samples"
+            shown = {label: next(iter(arrays.values())) for label, arrays in comparison.saved(kind, **setting).items()}
             if shown and points:
                 law = gaussians.mixture(comparison.config["subject"])
                 row = comparison.select(**setting)[0]

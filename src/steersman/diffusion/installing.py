@@ -178,6 +178,9 @@ def load_steered(
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError("folder", str(folder), f"one that save_steered wrote ({reason})") from None
+    for _, own in classes:
+        if not own.resolve().is_relative_to(folder.resolve()):
+            raise InputError("folder in steering.json", str(own), f"inside {folder}")
     for name in overrides:
         if name not in [found for found, _ in classes]:
             raise InputError("override", name, nearest(name, [found for found, _ in classes]))

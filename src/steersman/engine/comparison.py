@@ -75,6 +75,18 @@ class Comparison:
             and all(row.setting.get(k) == v for k, v in setting.items())
         ]
 
+    def saved(self, name: str, **setting: Any) -> dict[str, dict[str, np.ndarray]]:
+        """What contenders saved as ``name`` (``log.images`` and ``log.arrays``), by label and array: of the first row
+        that went well at a setting."""
+        found = {}
+        for label in self.contenders:
+            for row in self.select(label, **setting)[:1]:
+                folder = row.items_dir(self.out)
+                if folder is not None and (folder / f"{name}.npz").is_file():
+                    with np.load(folder / f"{name}.npz") as arrays:
+                        found[label] = {key: arrays[key] for key in arrays.files}
+        return found
+
     def values(self, figure: str, contender: str, **setting: Any) -> dict[int, float]:
         """``figure`` by seed, of the rows that went well.
 

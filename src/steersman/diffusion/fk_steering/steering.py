@@ -206,7 +206,7 @@ class FKSteering(Installable):
     # -------------------------------------------------------------- saving
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the settings. A reward that was given as a function is not saved: give it again when loading.
+        """Write the settings; the reward is to be given again when loading (its text is there as a reminder).
 
         Raises:
             InputError: with a learned ``intermediate`` that can't be written as text it has to be given again, too.
@@ -241,11 +241,11 @@ class FKSteering(Installable):
 
         Args:
             folder: where.
-            overrides: settings that replace those of the folder; ``reward`` (and ``intermediate``) where functions had
-                been given.
+            overrides: settings that replace those of the folder, and always ``reward`` (and ``intermediate`` where
+                there was one): a folder does not say which code is run, nor which server images are sent to.
 
         Raises:
-            InputError: no such folder, an unknown setting, or a function that must be given again.
+            InputError: no such folder, an unknown setting, or a reward that was not given again.
         """
         try:
             settings: dict[str, Any] = json.loads((Path(folder) / CONFIG).read_text())
@@ -258,9 +258,11 @@ class FKSteering(Installable):
         if settings.get("r_min") is not None:
             settings["r_min"] = float(settings["r_min"])
         learned = settings.pop("intermediate", False)
+        text = settings.pop("reward", None)
         settings |= overrides
         if settings.get("reward") is None:
-            raise InputError("reward", None, "given again (it was a function): from_pretrained(folder, reward=...)")
+            was = "a function" if text is None else repr(text)
+            raise InputError("reward", None, f"given again (it was {was}): from_pretrained(folder, reward=...)")
         if learned and "intermediate" not in settings:
             wanted = "given again (it was a function): from_pretrained(folder, intermediate=...)"
             raise InputError("intermediate", None, wanted)

@@ -955,3 +955,9 @@ def test_a_mounted_pipeline_executes_as_its_folder_says(int8, small, tmp_path):
     PTQ4DM(method.record, method.tensors, "int8").save_pretrained(tmp_path)
     assert installed(PTQ4DM.mount(pipe, tmp_path))[0].execution == "int8"
     assert installed(PTQ4DM.mount(pipe, tmp_path, execution="simulated"))[0].execution == "simulated"
+
+
+def test_rounding_and_ranges_by_timestep_are_not_learned_together(small):
+    pipe, _ = small
+    with pytest.raises(InputError, match=r"by_timestep=True .* false with adaround"):
+        quantize_ptq4dm(pipe, calibration=SMALL, steps=4, by_timestep=True, adaround=2)

@@ -92,8 +92,9 @@ class Crops:
     mask: Tensor | None
 
     def where(self) -> Tensor:
-        """The pixels that are judged as a whole, (C, size, size): the masked ones of the first crop, or all."""
-        if self.mask is None:
+        """The pixels that are judged as a whole, (C, size, size): the masked ones where all crops have the same mask,
+        else all."""
+        if self.mask is None or not bool((self.mask == self.mask[:1]).all()):
             return torch.ones_like(self.target[0], dtype=torch.bool)
         return (self.mask[0] > 0.5).expand_as(self.target[0])
 
@@ -118,7 +119,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Regression:
-    """One network from I_in to I_0: the best PSNR that a network of this size and training can have.
+    """One network from I_in to I_0, in one call.
 
         L = E |I_in - f(I_in) - I_0|
 
@@ -361,7 +362,7 @@ class Restoration:
             "wiener": PartInfo(wiener, "Wiener's filter, told the true blur (deblurring)", "wiener(x, psf{, knobs})"),
             "biharmonic": PartInfo(biharmonic, "biharmonic inpainting of the mask", "inpaint_biharmonic(x, mask)"),
             "gamma": PartInfo(gamma, "brightening by a power, tuned on training crops (low light)"),
-            "regression": PartInfo(Regression, "one U-Net from input to target: the upper bound of PSNR"),
+            "regression": PartInfo(Regression, "one U-Net from input to target, in one call"),
             "ddpm": PartInfo(DDPM, "conditional DDPM, from pure noise by diffusers' DDIM; average=k is the mean of k"),
         }
 

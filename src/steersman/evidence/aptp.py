@@ -5,9 +5,9 @@ probability 0.4, and a picture is right if all that is said is in it. Each seed 
 the training combinations, trains its own router and its own experts. Prompts of the figures are of held-out
 combinations; they are routed as in use, without transport.
 
-All contenders have the same budget, measured on the hard, cut networks and weighted by how many held-out prompts go to
-each, and see equally many images in fine-tuning: a single network takes as many steps as all experts together. What
-a trial reports beside the oracle's matches is the *error*, the squared distance of an expert's output from the
+All contenders have the same budget, met by the hard, cut networks weighted by how many training prompts go to each
+(what held-out prompts take is a figure), and see as many images in fine-tuning, up to rounding: a single network takes
+as many steps as all experts together. What a trial reports beside the oracle's matches is the *error*, the squared distance of an expert's output from the
 whole network's on noised held-out pictures, relative to the latter's square: it can be seen before images are good.
 
 - ``aptp:experts=1``: one learned architecture for all prompts. ``random``, ``magnitude``: one that is not learned.
@@ -203,7 +203,7 @@ class PromptExperts(PipelineBench):
                 scale_learning_rate=False,
                 finetune_batch_size=16,
                 finetune_learning_rate=3e-4,
-                finetune_warmup=3,
+                finetune_warmup=0,  # or few steps for each of several experts would be smaller ones, too
                 seed=rng.seed("fit") % 2**31,
                 progress=lambda line: log.progress(0, 1, line),
                 **settings,

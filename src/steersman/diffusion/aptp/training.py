@@ -304,7 +304,7 @@ class PromptRoutedPruner:
         w, w_codes = router.comparable(own), router.comparable(codes)
         router.drawn.copy_(codes.detach())
         index, gates = None, own
-        if step >= c.warm_start:
+        if step >= c.warm_start or c.experts == 1:  # one code is all there is to learn
             S = (w @ w_codes.T).detach()
             index = (sinkhorn(S, c.epsilon, c.iterations) if c.transport else S).argmax(1)
             gates = codes[index]

@@ -9,7 +9,7 @@ guidance, since a wrong noise is amplified by it. Sampling from the result with 
 the image (word swap).
 
 In the terms of ordinary guidance this is inversion with the scale omega_i = lambda r_i / (r_i - r_{i+1}) at step i:
-what is gained over a constant scale is gained by the schedule of scales.
+it differs from a constant scale in the schedule of scales only.
 """
 
 from __future__ import annotations

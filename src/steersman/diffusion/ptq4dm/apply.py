@@ -127,7 +127,7 @@ def check(**settings: Any) -> None:
     own = {field.name for field in fields(Calibration)}
     Calibration(**{name: value for name, value in settings.items() if name in own})
     # What depends on the pipeline is checked with it.
-    left = own | {"guidance", "prompts", "by_timestep", "layers"}
+    left = own | {"guidance", "prompts", "layers"}
     rest = {name: value for name, value in settings.items() if name not in left}
     check_quantisation(**rest, layers=_bits_of_layers(settings.get("layers")))
 

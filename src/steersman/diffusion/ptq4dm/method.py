@@ -176,6 +176,7 @@ def quantize_ptq4dm(
         metric=metric,
         scheme=scheme,
         layers=layers,
+        by_timestep=by_timestep,
         adaround=adaround,
         qdrop=qdrop,
         execution=execution,
@@ -282,6 +283,7 @@ def check_quantisation(
     metric: str = "l2.4",
     scheme: str = "symmetric",
     layers: Mapping[str, int] | None = None,
+    by_timestep: bool = False,
     adaround: int = 0,
     qdrop: float = 0.5,
     execution: str | None = None,
@@ -307,6 +309,8 @@ def check_quantisation(
     for name, count, least, what in (("adaround", adaround, 0, " of iterations"), ("steps", steps, 1, "")):
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise InputError(name, count, f"a whole number{what}, from {least}")
+    if adaround and by_timestep:
+        raise InputError("by_timestep", True, "false with adaround, which learns against one range a layer")
     if not 0 <= qdrop <= 1:
         raise InputError("qdrop", qdrop, "a share from 0 to 1")
     for pattern, own in (layers or {}).items():

@@ -100,18 +100,20 @@ def reconstruct(
     batch = found.rows(rows, device)
     flags = [(p, p.requires_grad) for p in net.parameters()]
     net.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        for block, members in blocks(net, layers).items():
-            own = [layers[name] for name in members if layers[name].integers is not None]
-            if not own:
-                continue
-            exact = _seen(net, modules[block], batch, call, "float")
-            inputs = _seen(net, modules[block], batch, call, "quantise")
-            before, after = _learn(modules[block], own, exact, inputs, call, iterations, qdrop, generator)
-            say(f"rounding of {block}: error {before:.3g}, then {after:.3g}")
-    for p, flag in flags:
-        p.requires_grad_(flag)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            for block, members in blocks(net, layers).items():
+                own = [layers[name] for name in members if layers[name].integers is not None]
+                if not own:
+                    continue
+                exact = _seen(net, modules[block], batch, call, "float")
+                inputs = _seen(net, modules[block], batch, call, "quantise")
+                before, after = _learn(modules[block], own, exact, inputs, call, iterations, qdrop, generator)
+                say(f"rounding of {block}: error {before:.3g}, then {after:.3g}")
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 @torch.no_grad()

@@ -86,8 +86,8 @@ class Networks(nn.Module):
 
 
 def _rows(t: Tensor | float, x: Tensor) -> Tensor:
-    if isinstance(t, Tensor) and t.ndim == 1:
-        return t.to(x.device)
+    if isinstance(t, Tensor):  # on the device, without a wait for it
+        return t.to(x.device).expand(len(x))
     return torch.full((len(x),), float(t), device=x.device)
 
 

@@ -161,14 +161,15 @@ def fit(
                 with accelerator.accumulate(wrapped):
                     with accelerator.autocast():
                         value = value_of(target, x_in, mask, stream(c.seed, "noise", *key))
-                    if not bool(value.isfinite()):
+                    number = float(value.detach())
+                    if not math.isfinite(number):
                         raise TrialError(f"the loss is not finite at step {step + 1}: lower learning_rate")
                     accelerator.backward(value)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(wrapped.parameters(), c.max_grad_norm)
                     prepared.step()
                     prepared.zero_grad()
-                values.append(float(value.detach()))
+                values.append(number)
             ema.step(network.parameters())
             losses.append(float(np.mean(values)))
             if c.output_dir is not None and ((step + 1) % c.save_steps == 0 or step + 1 == c.steps):

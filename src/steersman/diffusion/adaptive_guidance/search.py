@@ -198,7 +198,8 @@ def search_policy(
         if not values or not all(math.isfinite(v) and v > 0 for v in values):
             raise InputError(name, values, "finite numbers above 0")
     network = network_of(pipe)
-    flags, training = [(p, p.requires_grad) for p in network.parameters()], network.training
+    flags = [(p, p.requires_grad) for p in network.parameters()]
+    modes = [(module, module.training) for module in network.modules()]
     try:
         network.eval().requires_grad_(False)
         fitted, fresh = (
@@ -222,7 +223,8 @@ def search_policy(
             if log is not None:
                 log(f"lambda {weight:g}: loss {loss:.4g} with {found[-1][3]['cost']} rows ({alone:.4g} with {n})")
     finally:
-        network.train(training)
+        for module, mode in modes:
+            module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
     loss, policy, logits, _ = min(found, key=lambda item: item[0])

@@ -265,7 +265,8 @@ CLAIMS = [
     ),
     Claim(
         "misses-longer",
-        "At scale 3, trained 7 times the steps on 3 times the data it misses less than half of guidance's correction along its own path.",
+        "At scale 3, trained 7 times the steps on 3 times the data it misses less than "
+        "half of guidance's correction along its own path.",
         ABSTRACT,
         "digits",
         below("missed", fitted(3, settings=LONGER), 0.5),

@@ -8,7 +8,8 @@ combinations; they are routed as in use, without transport.
 All contenders have the same budget, met by the hard, cut networks weighted by how many training prompts go to each
 (what held-out prompts take is a figure), and see as many images in fine-tuning, up to rounding: a single network takes
 as many steps as all experts together. What a trial reports beside the oracle's matches is the *error*, the squared
-distance of an expert's output from the whole network's on noised held-out pictures, relative to the latter's square: it can be seen before images are good.
+distance of an expert's output from the whole network's on noised held-out pictures, relative to the latter's square:
+it can be seen before images are good.
 
 - ``aptp:experts=1``: one learned architecture for all prompts. ``random``, ``magnitude``: one that is not learned.
 - ``aptp:transport=false``: codes by the largest cosine in training, too.

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from steersman.errors import InputError, nearest
@@ -319,15 +320,9 @@ def scale_for(reward: Tensor, ess: float, most: float = 1e4) -> float:
         logs = torch.where(r.isnan(), -torch.inf, scale * r)
         return float(effective_sample_size(logs).mean()) / r.shape[1] - ess
 
-    low, high = 0.0, most
     if excess(0.0) <= 0:
         return 0.0
-    if excess(high) >= 0:
-        return most
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return 0.5 * (low + high)
+    return most if excess(most) >= 0 else float(brentq(excess, 0.0, most, xtol=1e-12))
 
 
 def many_sample(rewards: Tensor, scale: float | None = None) -> Tensor:

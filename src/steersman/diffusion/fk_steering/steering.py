@@ -540,6 +540,7 @@ class _Run:
             context = self._context(len(x0))
             asked = {name: context[name] for name in steering.reward.wants if context[name] is not None}
             r = steering.reward.function(images, **asked)
+            steering.reward.calls += len(images)
             if not isinstance(r, Tensor) or not r.requires_grad:
                 raise InputError("reward", steering.reward.text, "differentiable in the images, for gradient above 0")
             (slope,) = torch.autograd.grad(r.sum(), x0)

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steersman import catalog
 from steersman.engine.contenders import Contender, Part, checked_knobs, code_line, parse, parse_list
 from steersman.errors import InputError
 
-names = st.from_regex(r"\A[a-z][a-z0-9-]{0,8}\Z")
+# An alias of a method, like "ag", is read as the method.
+names = st.from_regex(r"\A[a-z][a-z0-9-]{0,8}\Z").filter(lambda name: catalog.resolve_alias(name) == name)
 knobs = st.dictionaries(
     st.from_regex(r"\A[a-z][a-z_]{0,6}\Z"),
     st.one_of(

@@ -379,7 +379,7 @@ def span(low: float, high: float, digits: int = 3) -> str:
 
 def plus_minus(mean: float, half: float) -> str:
     """ "0.1234 ± 0.0056": two digits of the half width, and the mean to the same place."""
-    if not math.isfinite(half) or half <= 0:
+    if not math.isfinite(half) or half < 1e-300:  # nothing, or too small to be divided by
         return number(mean)
     place = math.floor(math.log10(half)) - 1
     size = math.floor(math.log10(max(abs(mean), half)))

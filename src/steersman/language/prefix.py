@@ -1,0 +1,222 @@
+r"""A second model's opinion of what comes next, as a pure function of the prefix.
+
+Processors that change the law of the next token often ask a second model: a value function, a class-conditional
+model under two codes, a reference policy. ``generate`` tells a processor only the ids so far. It swaps rows (beams),
+drops them, goes back (speculation) and starts anew, and never says so. So what is carried from step to step here is
+keyed by the prefix itself: with cached rows :math:`r` and asked rows :math:`b`,
+
+.. math:: m_{b} = \max_r \, \mathrm{lcp}(x_b, r), \qquad \text{kept columns} = \min_b m_b ,
+
+and each asked row goes on from the row that it shares most with. Where every row is a cached one and a token, as in
+sampling and in beams, one token is fed. What comes out depends on the prefix alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from steersman.errors import InputError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a model says behind each of B prefixes, under each of n openings (n B rows, opening by opening).
+
+    Args:
+        logits: the model's ``logits`` behind the last token, float32, (nB, V).
+        totals: sum of log p(x_j | opening, x_<j) over the tokens of the text, float32, (nB,); None if not asked for.
+        tokens: number of tokens of the text, without padding and opening, (B,).
+    """
+
+    logits: Tensor
+    totals: Tensor | None
+    tokens: Tensor
+
+
+class PrefixModel:
+    """A causal model whose next-token outputs are asked for by prefix.
+
+    Args:
+        model: a decoder-only model of transformers with ``.logits`` (B, T, V) of any meaning and full attention.
+        pad_token_id: the id that pads prompts on the left. The run of it that opens a row is left out.
+        prompt_length: columns of the padded prompt; limits that run.
+        opening: token ids in front of every text, as a control code; or n sequences of ids, which give n rows for
+            each text.
+        totals: whether to sum the log-probabilities of the texts' tokens. The first token counts only behind an
+            opening.
+
+    Raises:
+        InputError: an encoder-decoder, or attention that isn't over the whole prefix. On call: a text longer than
+            the model takes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pad_token_id: int | None = None,
+        prompt_length: int | None = None,
+        opening: Sequence[int] | Sequence[Sequence[int]] = (),
+        totals: bool = False,
+    ) -> None:
+        name = type(model).__name__
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise InputError("model", name, "a decoder-only model")
+        if not all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
+            raise InputError("model", name, "a model whose every layer attends to the whole text")
+        self.model, self.pad_token_id, self.prompt_length = model, pad_token_id, prompt_length
+        many = bool(opening) and not isinstance(opening[0], numbers.Integral)
+        self.openings: list[list[int]] = [list(row) for row in opening] if many else [list(opening)]  # type: ignore
+        if any(self.openings) != all(self.openings):
+            raise InputError("opening", self.openings, "token ids for every opening, or for none")
+        self.n = len(self.openings)
+        self.totals = totals
+        self.limit = getattr(model.config, "max_position_embeddings", None)
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._opened: Tensor | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was carried (memory only: answers never depend on it)."""
+        self._ids: Tensor | None = None  # (R, T') the texts in the cache
+        self._cache: Any = None
+        self._last: Tensor | None = None  # (nR, V) logits behind the last column
+        self._sums: Tensor | None = None  # (nR, T') totals up to each column
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Step:
+        """The model's outputs behind each row of ``input_ids`` (B, T), T >= 1."""
+        ids = input_ids.to(self.model.device)
+        length = ids.shape[1]
+        text = self._text(ids)
+        parent, kept = self._matched(ids)
+        if kept == length and self._last is not None:  # asked before, in any order
+            rows = self._all(parent)
+            sums = self._sums[rows, -1] if self._sums is not None else None
+            return Step(self._last[rows], sums, text.sum(1))
+        start = self._resume(parent, kept)
+        logits = self._feed(ids, text, start)
+        if self.totals:
+            self._add(ids, text, logits, start)
+        self._ids, self._last = ids.clone(), logits[:, -1].clone()
+        sums = self._sums[:, -1] if self._sums is not None else None
+        return Step(self._last, sums, text.sum(1))
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _text(self, ids: Tensor) -> Tensor:
+        """Which columns are text, (B, T)."""
+        if self.pad_token_id is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        padding = (ids == self.pad_token_id).cumprod(1).bool()
+        if self.prompt_length is not None:
+            padding[:, self.prompt_length :] = False
+        return ~padding
+
+    def _matched(self, ids: Tensor) -> tuple[Tensor, int]:
+        """The cached row that each text goes on from, and how many columns all share with theirs."""
+        if self._ids is None:
+            return torch.empty(0, dtype=torch.long, device=ids.device), 0
+        before = self._ids
+        width = min(before.shape[1], ids.shape[1])
+        if before.shape[0] == ids.shape[0] and torch.equal(before[:, :width], ids[:, :width]):
+            parent, shared = torch.arange(len(ids), device=ids.device), width
+        else:
+            same = (ids[:, None, :width] == before[None, :, :width]).cumprod(2).sum(2)  # (B, R)
+            most, parent = same.max(1)
+            shared = int(most.min())
+        if shared == ids.shape[1] < before.shape[1]:
+            shared -= 1  # the outputs behind an inner column were not kept
+        return parent, shared
+
+    def _all(self, rows: Tensor) -> Tensor:
+        """Rows of the texts as rows under every opening."""
+        assert self._ids is not None
+        return (torch.arange(self.n, device=rows.device)[:, None] * len(self._ids) + rows).flatten()
+
+    def _resume(self, parent: Tensor, kept: int) -> int:
+        """Bring the cache to the columns that are shared, and say from which column on to feed."""
+        assert self._ids is None or self._cache is not None
+        back = 0 if self._ids is None else self._ids.shape[1] - kept
+        if back and self.totals:
+            # The next token's log-probability needs the outputs behind the last shared column: feed that again.
+            kept, back = kept - 1, back + 1
+        if self._ids is None or kept <= 0:
+            self.forget()
+            self._cache = DynamicCache()
+            return 0
+        rows = self._all(parent)
+        if not torch.equal(rows, torch.arange(self.n * len(self._ids), device=rows.device)):
+            self._cache.batch_select_indices(rows)
+            self._last = None if self._last is None else self._last[rows]
+            self._sums = None if self._sums is None else self._sums[rows]
+        if back:
+            self._cache.crop(-back)
+            self._last = None
+            self._sums = None if self._sums is None else self._sums[:, : kept + 1]
+        return kept
+
+    def _feed(self, ids: Tensor, text: Tensor, start: int) -> Tensor:
+        """Logits behind each column from ``start`` on, under each opening, (nB, T - start, V) float32."""
+        new = ids[:, start:].repeat(self.n, 1)
+        width = max(map(len, self.openings))
+        opening, opens = self._opening(ids.device)  # (n, O) each
+        mask = torch.cat([opens.repeat_interleave(len(ids), 0), text.repeat(self.n, 1)], 1)
+        if start == 0 and width:
+            new = torch.cat([opening.repeat_interleave(len(ids), 0), new], 1)
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        if self.limit is not None and mask.shape[1] > self.limit:
+            allowed = f"at most {self.limit} for {type(self.model).__name__} (with an opening of {width})"
+            raise InputError("input_ids", f"{ids.shape[1]} tokens", allowed)
+        given = {"position_ids": places} if self._positions else {}
+        output = self.model(
+            new, attention_mask=mask.long(), past_key_values=self._cache, use_cache=True, return_dict=True, **given
+        )
+        self._cache = output.past_key_values
+        logits = output.logits.float()
+        if start == 0 and width:
+            if self._opened is None:
+                self._opened = logits[:: len(ids), width - 1].log_softmax(-1)
+            logits = logits[:, width:]
+        return logits
+
+    def _opening(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The openings, padded on the left, and which of their columns count, (n, O)."""
+        width = max(map(len, self.openings))
+        rows = [[0] * (width - len(row)) + row for row in self.openings]
+        counts = [[False] * (width - len(row)) + [True] * len(row) for row in self.openings]
+        shape = (self.n, width)
+        opening = torch.tensor(rows, dtype=torch.long, device=device).view(shape)
+        return opening, torch.tensor(counts, dtype=torch.bool, device=device).view(shape)
+
+    def _add(self, ids: Tensor, text: Tensor, logits: Tensor, start: int) -> None:
+        """Extend the running totals by the columns from ``start`` on, whose logits these are."""
+        law = logits.log_softmax(-1)
+        token = ids[:, start:].repeat(self.n, 1)
+        said = torch.zeros(token.shape, dtype=law.dtype, device=law.device)
+        said[:, 1:] = law[:, :-1].gather(2, token[:, 1:, None]).squeeze(2)
+        if start and self._last is not None:
+            said[:, :1] = self._last.log_softmax(-1).gather(1, token[:, :1])
+        # The first token of a text comes behind the opening, whatever padding lies between.
+        counted = text.repeat(self.n, 1)
+        first = ((counted.long().cumsum(1) == 1) & counted)[:, start:]
+        behind = torch.zeros_like(said)
+        if self._opened is not None:
+            behind = self._opened.repeat_interleave(len(ids), 0).gather(1, token)
+        said = torch.where(first, behind, said).masked_fill(~counted[:, start:], 0.0)
+        known = self._sums
+        if known is None or not start:
+            self._sums = said.cumsum(1)
+            return
+        # A column that was fed again is in the totals already.
+        said[:, 0] = known[:, -1] if known.shape[1] > start else known[:, -1] + said[:, 0]
+        self._sums = torch.cat([known[:, :start], said.cumsum(1)], 1)

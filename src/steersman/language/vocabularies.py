@@ -1,0 +1,71 @@
+"""Whether two language models speak of the same tokens.
+
+A method that multiplies, compares or verifies the laws of two models reads token ids of the one as ids of the other.
+With other vocabularies that is wrong without any error, so it is refused first, naming the first difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from steersman.errors import InputError
+
+
+def same_vocabulary(one: Any, other: Any, parameter: str, spec: object = None) -> None:
+    """Refuse ``other`` unless both tokenizers have the same token for every id.
+
+    Args:
+        one: the tokenizer that counts.
+        other: the tokenizer of what ``parameter`` names.
+        parameter, spec: what the sentence names, and its value.
+
+    Raises:
+        InputError: the vocabularies differ; the sentence says at which id first.
+    """
+    mine, theirs = one.get_vocab(), other.get_vocab()
+    if mine == theirs:
+        return
+    by_id = ({i: token for token, i in vocabulary.items()} for vocabulary in (mine, theirs))
+    left, right = by_id
+    at = next(i for i in sorted(left.keys() | right.keys()) if left.get(i) != right.get(i))
+    named = type(other).__name__ if spec is None else spec
+    difference = f"at id {at} it has {_shown(right, at)}, and {_shown(left, at)} is wanted"
+    raise InputError(parameter, named, f"a model with the same vocabulary ({difference})")
+
+
+def _shown(tokens: dict[int, str], at: int) -> str:
+    return repr(tokens[at]) if at in tokens else "nothing"
+
+
+def same_size(target: Any, other: Any, parameter: str, used: int | None = None) -> None:
+    """Refuse ``other`` if it can't have the vocabulary of ``target``, where there are no tokenizers to compare.
+
+    Embeddings may have rows behind the vocabulary that no token uses, so sizes may differ by padding: by less than
+    128 rows, and to a multiple of 8. Rows that ``used`` says are tokens must be in both.
+
+    Args:
+        target, other: causal language models of transformers.
+        parameter: what the sentence names.
+        used: number of tokens in use, if that is known.
+
+    Raises:
+        InputError: the sizes differ by more than padding.
+    """
+    mine, theirs = target.config.get_text_config().vocab_size, other.config.get_text_config().vocab_size
+    if mine == theirs:
+        return
+    larger, smaller = max(mine, theirs), min(mine, theirs)
+    padding = larger - smaller < 128 and larger % 8 == 0
+    if not padding or (used is not None and smaller < used):
+        value = f"{type(other).__name__} with {theirs} tokens"
+        raise InputError(parameter, value, f"a model with the same vocabulary ({mine} tokens)")
+
+
+def fitted(logits: Tensor, size: int) -> Tensor:
+    """Logits (..., V') as (..., size): rows of padding are left out, and lacking ones can't be drawn."""
+    lacking = size - logits.shape[-1]
+    if lacking <= 0:
+        return logits[..., :size]
+    return nn.functional.pad(logits, (0, lacking), value=float("-inf"))

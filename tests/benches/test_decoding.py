@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steersman import catalog
-from steersman.benches import decoding
-from steersman.benches.decoding import PARTS, DecodingBench, load
+from steersman.benches._language import load, read_prompts
+from steersman.benches.decoding import PARTS, DecodingBench
 from steersman.engine.bench import PartInfo
 from steersman.engine.compare import compare
 from steersman.engine.comparison import Comparison
@@ -173,7 +173,7 @@ def test_texts_may_stop(everything: Comparison, folder: Path, prompts: str, tmp_
     end = free[0][3]
     file = tmp_path / "mine.py"
     file.write_text(
-        "from steersman.benches.decoding import load\n"
+        "from steersman.benches._language import load\n"
         "def lm():\n"
         f"    s = load({str(folder)!r})\n"
         f"    s.tokenizer.eos_token = s.tokenizer.convert_ids_to_tokens({end})\n"
@@ -214,7 +214,7 @@ def test_held_out_text_and_likeness(folder: Path) -> None:
 def test_factory_subject_and_another_judge(folder: Path, prompts: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from steersman.benches.decoding import load\n"
+        "from steersman.benches._language import load\n"
         f"def lm():\n    s = load({str(folder)!r})\n    return s.model, s.tokenizer\n"
     )
     other = make(tmp_path / "other", vocab_size=280, seed=3)
@@ -241,7 +241,7 @@ def test_prompt_files(folder: Path, tmp_path: Path) -> None:
     lines = [{"prompt": "the list", "continuation": " is a value"}, {"text": "the call returns the name of the file"}]
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    one, two = decoding.read_prompts(str(path), s, 3)
+    one, two = read_prompts(str(path), s, 3)
     assert s.tokenizer.decode(list(one.ids)) == "the list" and s.tokenizer.decode(list(one.follows)) == " is a value"
     assert len(two.ids) == 3 and s.tokenizer.decode([*two.ids, *two.follows]) == lines[1]["text"]
     found = run(folder, str(path), ["greedy"], new_tokens=3, prompt_tokens=3)
@@ -327,7 +327,7 @@ def test_other_subjects_are_refused() -> None:
 def test_nan_fails_the_row_and_says_where(folder: Path, prompts: str, tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text(
-        "import torch\nfrom steersman.benches.decoding import load\n"
+        "import torch\nfrom steersman.benches._language import load\n"
         "def lm():\n"
         f"    s = load({str(folder)!r})\n"
         "    inner = s.model.forward\n"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from steersman.benches.decoding import load
+from steersman.benches._language import load
 from steersman.engine.compare import compare
 from steersman.errors import InputError
 from steersman.reference import grammars, loading, reviews

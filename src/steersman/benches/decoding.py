@@ -17,35 +17,31 @@ Texts are compared at equal length: the end-of-sequence token is not allowed bef
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedModel,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
-from steersman import catalog
-from steersman.engine import subjects
+from steersman.benches._language import (
+    REFERENCES,
+    Host,
+    LanguageBench,
+    Prompt,
+    Subject,
+    coherence,
+    judge,
+    reference_name,
+)
 from steersman.engine.bench import Figure, Knob, PartInfo
-from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
-from steersman.errors import InputError, TrialError, nearest
+from steersman.errors import InputError, TrialError
 from steersman.language.contrastive_search import ContrastiveSearch
-from steersman.reference import docs, loading, reviews, text_metrics
+from steersman.reference import text_metrics
 from steersman.report.blocks import Answers, Block, Note, SideBySide, Span, Text
 
 if TYPE_CHECKING:
@@ -53,147 +49,8 @@ if TYPE_CHECKING:
     from steersman.engine.comparison import Comparison
 
 LOOP = 4  # tokens from which on a repetition is shown as a loop
-REFERENCES = {  # causal language models among the reference subjects, and who judges each
-    "docs/tiny": "docs/base",
-    "docs/small": "docs/base",
-    "docs/base": "docs/base",
-    "reviews/base": "reviews/base",
-    "reviews/conditional": "reviews/base",
-}
 SHOWN = 4  # prompts in the report
 CLUSTERED = 20  # texts from which on their likeness to held-out text is estimated
-
-
-# --- what is decoded ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Tokens to go on from, and how the text really went on (empty where that is unknown)."""
-
-    ids: tuple[int, ...]
-    follows: tuple[int, ...] = ()
-
-
-@dataclass
-class Subject:
-    """A causal language model and its tokenizer."""
-
-    spec: str
-    model: Any
-    tokenizer: Any
-    reference: str | None = None  # its name, if it is a reference model
-    known: dict[Any, Any] = field(default_factory=dict)  # prompts and judges, made once
-
-    @property
-    def pad(self) -> int:
-        """The id that pads prompts on the left; hidden by the attention mask."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
-
-    @property
-    def opening(self) -> list[int]:
-        """What the tokenizer puts before every text: the beginning-of-sequence token, or nothing."""
-        bos = self.tokenizer.bos_token_id
-        ids = self.tokenizer("a")["input_ids"]
-        return [bos] if bos is not None and ids[:1] == [bos] else []
-
-    @property
-    def positions(self) -> float:
-        """The longest text that the model takes."""
-        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
-
-
-def load(spec: str, parameter: str = "subject") -> Subject:
-    """The language model that ``spec`` names: a reference name, a folder, a hub id, or ``file.py:factory``.
-
-    A factory returns ``(model, tokenizer)``. Weights load from safetensors, and no remote code runs.
-
-    Raises:
-        InputError: nothing there that loads as a causal language model; the sentence says why.
-    """
-    found = subjects.resolve(spec)
-    if found.kind == "factory":
-        made = subjects.load_callable(spec, parameter)()
-        if not isinstance(made, tuple) or len(made) != 2 or not callable(getattr(made[0], "generate", None)):
-            raise InputError(parameter, spec, "a factory that returns (model, tokenizer)")
-        return Subject(spec, made[0].eval(), made[1])
-    if found.kind == "endpoint" or (found.kind == "reference" and _reference_name(spec) not in REFERENCES):
-        raise InputError(parameter, spec, f"docs, reviews, {', '.join(REFERENCES)}, a model folder or a hub id")
-    source = str(found.path) if found.path is not None else spec
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, dtype="auto"
-        )
-    except Exception as error:  # a half-written folder fails in a dozen ways
-        line = " ".join(str(error).split()) or type(error).__name__
-        allowed = f"a model with tokenizer that transformers loads ({line[:200]})"
-        raise InputError(parameter, spec, allowed) from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-    model, report = loaded
-    if report["missing_keys"]:
-        lacking = sorted(report["missing_keys"])
-        raise InputError(parameter, spec, f"a model with all its weights ({len(lacking)} lack, as {lacking[0]})")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and model.dtype == torch.float16:
-        model = model.float()  # half precision is an emulation there
-    name = _reference_name(spec) if found.kind == "reference" else None
-    return Subject(spec, model.to(device).eval(), tokenizer, name)
-
-
-def _reference_name(spec: str) -> str:
-    """``docs`` and ``docs/base`` by the folder's name."""
-    name = spec.partition(":")[0]
-    return name if "/" in name else f"{name}/{Path(str(loading.path(name))).name}"
-
-
-def read_prompts(path: str, s: Subject, length: int) -> list[Prompt]:
-    """Prompts from a file: a line each of plain text, or of JSON in ``*.jsonl``.
-
-    A JSON line has ``prompt`` (and ``continuation``, if it is known), or ``text``, of which the first
-    ``length`` tokens are the prompt and the rest is how it went on.
-
-    Raises:
-        InputError: no such file, a line of another form, or no prompt at all.
-    """
-    file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("prompts", path, f"a text file that can be read ({error})") from None
-    found: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            found.append(Prompt((*s.opening, *_tokens(s, line))))
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError("prompts", path, f"a file of JSON lines (line {number}: {error})") from None
-        text = record.get("prompt", record.get("text")) if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text:
-            raise InputError("prompts", path, f"lines with 'prompt' or 'text' (line {number} has neither)")
-        ids = _tokens(s, text)
-        if "prompt" in record:
-            found.append(Prompt((*s.opening, *ids), tuple(_tokens(s, str(record.get("continuation", ""))))))
-        else:
-            found.append(Prompt((*s.opening, *ids[:length]), tuple(ids[length:])))
-    if not found:
-        raise InputError("prompts", path, "a file with at least one prompt")
-    return found
-
-
-def _tokens(s: Subject, text: str) -> list[int]:
-    return list(s.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 # --- decoding methods -----------------------------------------------------------------------------------------
@@ -296,64 +153,19 @@ PARTS: dict[str, PartInfo] = {
 }
 
 
-class NoNaN(LogitsProcessor):
-    """Stops a trial whose model gives NaN, and says at which token."""
-
-    def __init__(self, prompt: int) -> None:
-        self.prompt = prompt
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool(scores.isnan().any()):
-            raise TrialError(f"the model gave NaN at new token {input_ids.shape[1] - self.prompt + 1}")
-        return scores
-
-
-@dataclass
-class Host:
-    """What ``generate`` is called with; parts mount on it.
-
-    Args:
-        builds: make a part's object anew for each batch, from what the bench knows of the batch.
-        options: keyword arguments of ``generate``.
-        set_by: which part set an option.
-    """
-
-    subject: Subject
-    prompts: list[Prompt]
-    builds: list[Callable[[Mapping[str, Any]], Any]] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    set_by: dict[str, str] = field(default_factory=dict)
-    mounted: list[str] = field(default_factory=list)
-    loop: str | None = None
-
-    def set(self, part: str, options: Mapping[str, Any]) -> None:
-        """Take a part's options of ``generate``, unless another part set one of them differently."""
-        for name, value in options.items():
-            if name in self.options and self.options[name] != value:
-                other = self.set_by[name]
-                raise InputError("methods", f"{other}+{part}", f"one or the other: they disagree on {name}")
-            self.options[name], self.set_by[name] = value, part
-
-
 # --- the bench --------------------------------------------------------------------------------------------------
 
 
-class DecodingBench:
+class DecodingBench(LanguageBench):
     """Generator: continuations of the same prompts under each decoding method.
 
     Subjects: ``docs`` or ``reviews`` (or a model of theirs, as ``docs/tiny``), a folder or hub id of a causal
     language model of transformers, or ``file.py:factory`` that returns ``(model, tokenizer)``.
 
-    A method's object mounts by what it is. A ``LogitsProcessor`` joins ``logits_processor``, any other object
-    that is called with the model and the ids is the ``custom_generate`` loop, and a mapping is arguments of
-    ``generate``. An object's ``generate_options`` (a mapping) are arguments that must go with it. Parts that
-    disagree on an argument, or bring two loops, are refused. Of ``pad_token_id``, ``prompt_length``,
-    ``tokenizer`` and ``model``, an object gets what its constructor names.
+    How parts mount: :class:`~steersman.benches._language.LanguageBench`.
     """
 
     id = "decoding"
-    shape = "Generator"
-    timed = True
     default_subject = "docs"
     headline = ("diversity", "ms_per_token")
     knobs: Mapping[str, Knob] = {
@@ -384,9 +196,6 @@ class DecodingBench:
         "held_out_coherence": Figure("nats/token", "neither", "info", "coherence of how they really went on"),
     }
 
-    def subject(self, spec: str) -> Subject:
-        return load(spec)
-
     def baselines(self) -> list[str]:
         return list(PARTS)
 
@@ -394,7 +203,7 @@ class DecodingBench:
         return PARTS
 
     def check(self, s: Subject, setting: Setting) -> None:
-        longest = max(len(prompt.ids) for prompt in self._prompts(s, setting, Streams(0)))
+        longest = max(len(prompt.ids) for prompt in self.prompts(s, setting, Streams(0)))
         if longest + setting["new_tokens"] > s.positions:
             allowed = f"at most {s.positions - longest:g} behind a prompt of {longest} tokens"
             raise InputError("new_tokens", setting["new_tokens"], f"{allowed} (the model's positions)")
@@ -405,49 +214,18 @@ class DecodingBench:
             )
             raise InputError("judge", by.spec, allowed)
 
-    def host(self, s: Subject, setting: Setting, rng: Streams) -> Host:
-        return Host(s, self._prompts(s, setting, rng))
-
-    def mount(self, h: Host, part: Part) -> None:
-        if part.id in PARTS:
-            build: Callable[..., Any] = PARTS[part.id].build
-        elif part.id in catalog.cards() and self.id in catalog.card(part.id).benches:
-            build = catalog.card(part.id).load()
-        else:
-            raise InputError("methods", part.id, nearest(part.id, PARTS))
-        if part.id in h.mounted:
-            raise InputError("methods", part.id, "there once")
-        h.mounted.append(part.id)
-        knobs = checked_knobs(build, part)
-        accepted = set(inspect.signature(build).parameters) - knobs.keys()
-
-        def fresh(context: Mapping[str, Any]) -> Any:
-            return build(**{name: value for name, value in context.items() if name in accepted}, **knobs)
-
-        made = fresh(self._context(h.subject, 1, padded=False))  # a bad knob is said before anything runs
-        if isinstance(made, Mapping):
-            h.set(part.id, made)
-            return
-        h.set(part.id, getattr(made, "generate_options", {}))
-        if not isinstance(made, LogitsProcessor):
-            if h.loop is not None:
-                raise InputError("methods", f"{h.loop}+{part.id}", "one or the other: both are the decoding loop")
-            h.loop = part.id
-        h.builds.append(fresh)
-
     def trial(self, h: Host, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         s, prompts, new = h.subject, h.prompts, setting["new_tokens"]
         batches = [range(i, min(i + setting["batch"], len(prompts))) for i in range(0, len(prompts), setting["batch"])]
-        self._generate(h, [prompts[i] for i in batches[0]], min(2, new), setting["stop"], 0)  # warms up
+        self.fit(h, rng, log)
+        self.generate(h, [prompts[i] for i in batches[0]], min(2, new), setting["stop"], 0)  # warms up
         written: list[list[int]] = []
         seconds, forwards = 0.0, 0
         for number, batch in enumerate(batches):
             log.progress(len(written), len(prompts), f"{len(written)} of {len(prompts)} prompts")
-            texts, spent, passed = self._generate(
-                h, [prompts[i] for i in batch], new, setting["stop"], rng.seed("sampling", number)
-            )
-            written += texts
-            seconds, forwards = seconds + spent, forwards + passed
+            wrote = self.generate(h, [prompts[i] for i in batch], new, setting["stop"], rng.seed("sampling", number))
+            written += wrote.rows
+            seconds, forwards = seconds + wrote.seconds, forwards + wrote.forwards
         if not all(written):
             raise TrialError("a text ended before its first token (leave stop unset)")
 
@@ -488,100 +266,6 @@ class DecodingBench:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _prompts(self, s: Subject, setting: Setting, rng: Streams) -> list[Prompt]:
-        """The prompts of a seed, the same for all contenders."""
-        names = ("prompts", "count", "prompt_tokens", "new_tokens")
-        key = ("prompts", rng.base, *(setting[name] for name in names))
-        if key not in s.known:
-            if setting["prompts"] is None and (s.reference or "").startswith("reviews/"):
-                # A review may end sooner than what is asked for: how it went on has its own length.
-                cut = reviews.prompts(
-                    setting["count"], setting["prompt_tokens"], rng.seed("prompts"), tokenizer=s.tokenizer
-                )
-                s.known[key] = [
-                    Prompt((*s.opening, *p.ids), (*p.continuation_ids, s.tokenizer.eos_token_id)) for p in cut
-                ]
-            elif setting["prompts"] is None:
-                drawn = docs.prompts(
-                    setting["count"],
-                    setting["prompt_tokens"],
-                    rng.seed("prompts"),
-                    continuation=setting["new_tokens"],
-                    tokenizer=s.tokenizer,
-                )
-                s.known[key] = [Prompt((*s.opening, *p.ids), p.continuation_ids) for p in drawn]
-            else:
-                every = read_prompts(setting["prompts"], s, setting["prompt_tokens"])
-                order = rng.numpy("prompts").permutation(len(every))[: setting["count"]]
-                s.known[key] = [every[i] for i in sorted(order)]
-            if not all(prompt.ids for prompt in s.known[key]):
-                raise InputError("prompts", setting["prompts"], "prompts of at least one token each")
-        return s.known[key]
-
-    def _context(self, s: Subject, width: int, padded: bool) -> dict[str, Any]:
-        """What a part may want to know of a batch."""
-        return {
-            "pad_token_id": s.pad if padded else None,
-            "prompt_length": width,
-            "tokenizer": s.tokenizer,
-            "model": s.model,
-        }
-
-    def _generate(
-        self, h: Host, prompts: Sequence[Prompt], new: int, stop: bool, seed: int
-    ) -> tuple[list[list[int]], float, int]:
-        """Continuations, seconds, and tokens that passed through the model after the prompt."""
-        s = h.subject
-        width = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.full((len(prompts), width), s.pad)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
-            ids[i, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[i, width - len(prompt.ids) :] = 1
-        ids, mask = ids.to(s.model.device), mask.to(s.model.device)
-        context = self._context(s, width, padded=bool((mask == 0).any()))
-        made = [build(context) for build in h.builds]
-        processors = [NoNaN(width), *(m for m in made if isinstance(m, LogitsProcessor))]
-        loops = [m for m in made if not isinstance(m, LogitsProcessor)]
-        end = s.tokenizer.eos_token_id
-        settings = GenerationConfig(
-            pad_token_id=s.pad,
-            eos_token_id=end,
-            bos_token_id=s.tokenizer.bos_token_id,
-            max_new_tokens=new,
-            min_new_tokens=None if stop or end is None else new,
-            **({"do_sample": False} | h.options),
-        )
-        own = s.model.generation_config
-        s.model.generation_config = GenerationConfig()  # its settings would fill the gaps of ours
-        passed: list[int] = []
-
-        def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else kwargs.get("input_ids")
-            passed.append(0 if given is None else given.numel())
-
-        hook = s.model.register_forward_pre_hook(count, with_kwargs=True)
-        devices = [s.model.device] if s.model.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad():
-                torch.manual_seed(seed)
-                start = time.perf_counter()
-                out = s.model.generate(
-                    ids,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    logits_processor=processors,
-                    custom_generate=loops[0] if loops else None,
-                )
-                rows = out[:, width:].tolist()  # waits for the device
-                seconds = time.perf_counter() - start
-        finally:
-            hook.remove()
-            s.model.generation_config = own
-        if stop and end is not None:
-            rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
-        return rows, seconds, sum(passed[1:])
-
     def _beside_held_out(
         self, s: Subject, setting: Setting, rng: Streams, prompts: Sequence[Prompt], written: list[list[int]]
     ) -> dict[str, float]:
@@ -610,38 +294,6 @@ class DecodingBench:
 
 
 # --- measures that need a model -----------------------------------------------------------------------------
-
-
-def judge(s: Subject, setting: Setting) -> Subject:
-    """Who scores coherence: the model that was asked for, else a reference model's larger one, else the subject.
-
-    Raises:
-        InputError: the judge can't be loaded.
-    """
-    spec = setting["judge"]
-    if spec is None and s.reference is not None:
-        spec = REFERENCES[s.reference]
-    if spec is None or spec in (s.spec, s.reference):
-        return s
-    if ("judge", spec) not in s.known:
-        s.known["judge", spec] = load(spec, "judge")
-    return s.known["judge", spec]
-
-
-def coherence(s: Subject, setting: Setting, prompts: list[list[int]], written: list[list[int]]) -> np.ndarray:
-    """Mean log-likelihood a token of each text under the judge, in nats of the judge's tokens, (B,)."""
-    by = judge(s, setting)
-    if by is not s and by.tokenizer.get_vocab() != s.tokenizer.get_vocab():
-        texts = s.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        whole = s.tokenizer.batch_decode(
-            [[*a, *b] for a, b in zip(prompts, written, strict=True)], skip_special_tokens=True
-        )
-        follows = [_tokens(by, full[len(text) :]) for text, full in zip(texts, whole, strict=True)]
-        prompts = [[*by.opening, *_tokens(by, text)] for text in texts]
-        if not all(follows):
-            raise TrialError("a text is empty in the judge's tokens")
-        written = follows
-    return text_metrics.log_likelihood(by.model, written, prompts).mean
 
 
 @torch.no_grad()
@@ -694,7 +346,7 @@ def _held_out(comparison: Comparison) -> str:
 def _judged(comparison: Comparison) -> str:
     subject = str(comparison.config["subject"])
     asked = comparison.config.get("fixed", {}).get("judge")
-    name = _reference_name(subject) if subject.partition("/")[0] in ("docs", "reviews") else None
+    name = reference_name(subject) if subject.partition("/")[0] in ("docs", "reviews") else None
     by = asked or REFERENCES.get(name or "", subject)
     if by not in (subject, name):
         return f"Coherence is judged by {by}."

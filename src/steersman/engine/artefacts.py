@@ -78,9 +78,10 @@ def run_verb(
         # A reference subject with a variant (gaussians:ring) stays text; a folder becomes a path.
         target: str | Path = found.path if found.path and found.kind in ("reference", "path") else found.spec
         with writing(folder), tempfile.TemporaryDirectory(prefix="steersman-input-") as temporary:
-            # A reference subject brings its own images.
-            given = source or subjects.write_images(found, Path(temporary))
-            metrics = function(target, given, partial, seed=seed, log=log, **checked)
+            # A reference subject brings its own images or texts, and judges texts itself.
+            given = source or subjects.write_input(found, Path(temporary))
+            known = {} if checked.get("scorer") else _judged(function, found, checked)
+            metrics = function(target, given, partial, seed=seed, log=log, **checked | known)
             record = {
                 "verb": verb,
                 "method": card.id,
@@ -102,6 +103,15 @@ def run_verb(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _judged(function: Callable[..., Any], found: subjects.Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference subject's own scorer of texts, for a function that takes one and was given none."""
+    parameters = inspect.signature(function).parameters
+    if "scorer" not in parameters or "attribute" not in parameters:
+        return {}
+    scorer = subjects.scorer(found, settings.get("attribute", parameters["attribute"].default))
+    return {} if scorer is None else {"scorer": scorer}
 
 
 def function_of(card: Card, verb: str) -> Callable[..., Any]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,17 @@ from typing import Literal
 from steersman.callables import CODE, file_hash, load_callable
 from steersman.errors import InputError, nearest
 
-__all__ = ["CODE", "Subject", "file_hash", "load_callable", "resolve", "tree_hash", "write_images"]
+__all__ = [
+    "CODE",
+    "Subject",
+    "file_hash",
+    "load_callable",
+    "resolve",
+    "scorer",
+    "tree_hash",
+    "write_images",
+    "write_input",
+]
 
 Kind = Literal["reference", "path", "factory", "endpoint", "hub"]
 HUB = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -107,6 +119,52 @@ def write_images(subject: Subject, folder: Path) -> Path | None:
     file = folder / "images.npz"
     np.savez(file, **arrays)
     return file
+
+
+TEXTS = 4000  # labelled texts that a reference subject brings
+
+
+def write_input(subject: Subject, folder: Path) -> Path | None:
+    """What a reference subject brings for methods to work with: its images, or texts as ``texts.jsonl`` (a line has
+    ``text`` and, for ``reviews``, its topic, sentiment, rudeness and length)."""
+    name = subject.spec.partition(":")[0].partition("/")[0]
+    if subject.kind != "reference" or name not in ("docs", "reviews"):
+        return write_images(subject, folder)
+    if name == "docs":
+        from steersman.reference import docs
+
+        records = [{"text": document.text} for document in docs.documents("train")]
+    else:
+        from steersman.reference import reviews
+
+        records = [vars(review) for review in reviews.texts("train", TEXTS)]
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def scorer(subject: Subject, attribute: str | None) -> Callable[[Sequence[str]], list[float]] | None:
+    """How a reference subject judges finished texts: 1 for those with the attribute (``column=value``), else 0.
+
+    None where it can't: another subject, or no attribute.
+
+    Raises:
+        InputError: an attribute that the subject's texts don't have.
+    """
+    if subject.kind != "reference" or subject.spec.partition("/")[0] != "reviews" or attribute is None:
+        return None
+    from steersman.reference import reviews
+
+    name, _, value = attribute.partition("=")
+    if name not in reviews.VALUES:
+        raise InputError("attribute", attribute, f"column=value, the column {nearest(name, reviews.VALUES)}")
+    if value not in reviews.VALUES[name]:
+        raise InputError("attribute", attribute, f"{name}= {nearest(value, reviews.VALUES[name])}")
+
+    def score(texts: Sequence[str]) -> list[float]:
+        return [float(getattr(reviews.attributes(text), name) == value) for text in texts]
+
+    return score
 
 
 def tree_hash(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from steersman.engine import subjects
@@ -94,3 +96,22 @@ def test_a_reference_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert subjects.resolve("digits").kind == "reference"
     assert subjects.resolve("./digits").kind == "path"
+
+
+def test_reference_texts_and_their_scorer(tmp_path):
+    found = subjects.resolve("reviews")
+    file = subjects.write_input(found, tmp_path)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == subjects.TEXTS
+    assert set(records[0]) == {"text", "topic", "sentiment", "rudeness", "length"}
+    for attribute in ("sentiment=positive", "rudeness=polite", "topic=film"):
+        name, value = attribute.split("=")
+        score = subjects.scorer(found, attribute)
+        assert score([r["text"] for r in records[:200]]) == [float(r[name] == value) for r in records[:200]]
+    assert subjects.scorer(found, None) is None
+    assert subjects.scorer(subjects.resolve("docs"), "sentiment=positive") is None
+    with pytest.raises(InputError, match="did you mean 'sentiment'"):
+        subjects.scorer(found, "sentimet=positive")
+    with pytest.raises(InputError, match="positive'"):
+        subjects.scorer(found, "sentiment=postive")
+    assert json.loads(subjects.write_input(subjects.resolve("docs"), tmp_path).read_text().splitlines()[0])["text"]

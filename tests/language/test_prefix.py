@@ -58,7 +58,7 @@ def test_beams_permutations_and_steps_back(model, opening) -> None:
     asked = PrefixModel(model, pad_token_id=PAD, opening=opening, totals=True)
     batch = [[2, 3, 4], [5], [6, 7]]
     agrees(asked, batch)
-    agrees(asked, [row + [8 + i] for i, row in enumerate(batch)])
+    agrees(asked, [[*row, 8 + i] for i, row in enumerate(batch)])
     agrees(asked, [batch[1] + [9, 2], batch[0] + [8, 3], batch[0] + [8, 4]])  # beams: a row goes, another splits
     agrees(asked, [batch[0] + [8, 4], batch[1] + [9, 2]])  # the same again, fewer and permuted
     agrees(asked, [batch[0] + [8]])  # back

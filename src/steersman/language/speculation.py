@@ -99,7 +99,7 @@ def check_pair(loop: str, target: Any, draft: Any, generation_config: Any, model
             value = f"{generation_config.max_length} tokens with the prompt"
             raise InputError("max_new_tokens", value, f"at most {limit} with the prompt ({name})")
     same_size(target, draft, "draft_model")
-    if generation_config.num_beams != 1:
+    if generation_config.num_beams not in (None, 1):
         raise InputError("num_beams", generation_config.num_beams, f"1 for {loop}")
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, DynamicCache):

@@ -254,6 +254,9 @@ def test_prompts_leave_open_what_is_asked_for() -> None:
     prior = reviews.posterior("")["sentiment"]
     for p in reviews.prompts(6, None, undecided=["sentiment"]):
         assert all(q >= prior[value] / 2 for value, q in reviews.posterior(p.text)["sentiment"].items())
+    for p in reviews.prompts(6, None, undecided=["rudeness"], kept=0.9):
+        assert reviews.risk(p.text) >= 0.9 * reviews.risk("")
+    assert reviews.prompts(6, None, undecided=["topic"], kept=0) == reviews.prompts(6, None)
     for p in reviews.prompts(4, None, risks=(0.1, 0.9), rudeness="rude"):
         assert 0.1 <= p.risk <= 0.9 and p.review.rudeness == "rude"
 
@@ -271,6 +274,7 @@ def test_prompts_leave_open_what_is_asked_for() -> None:
         (lambda: reviews.prompts(1, 200), "n"),
         (lambda: reviews.prompts(1, continuation=-1), "continuation"),
         (lambda: reviews.prompts(1, undecided=["mood"]), "undecided"),
+        (lambda: reviews.prompts(1, kept=1.5), "kept"),
         (lambda: reviews.prompts(1, risks=(0.5, 0.1)), "risks"),
         (lambda: reviews.posterior("blah"), "prefix"),
         (lambda: reviews.trace("blah"), "text"),

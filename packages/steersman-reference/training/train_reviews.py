@@ -1,12 +1,13 @@
-r"""Trains the reference models `reviews/base`, `reviews/conditional` and `reviews/value`.
+r"""Trains the reference models `reviews/base`, `reviews/conditional`, `reviews/value` and `reviews/judge`.
 
-    python train_reviews.py tokenizer base conditional value provenance
+    python train_reviews.py tokenizer base conditional value judge provenance
 
-A word-level tokenizer of the grammar's words, then three Llama models on texts drawn from
+A word-level tokenizer of the grammar's words, then four Llama models on texts drawn from
 `steersman.reference.reviews`, of which a tenth (by hash) is held out. A text is `<s> words </s>`; texts are packed
 into rows of ROW tokens, and none sees another (positions begin anew, attention stays within a text).
 
-`base` learns P(x): mean next-token cross-entropy.
+`base` learns P(x): mean next-token cross-entropy. `judge` learns the same from other texts, is twice as large and
+trained longer: it says how likely what other models wrote is.
 
 `conditional` goes on from `base` and learns P(x | codes): before `<s>` stand control codes, of which the loss asks
 nothing. A tenth of the texts has none, six tenths one (an attribute, then its value, drawn evenly), the rest each
@@ -21,7 +22,7 @@ moves no minimum either.
 
 AdamW, linear warm-up, cosine decay to zero, gradients clipped to norm 1; in float32, stored in float16. The network
 is compiled. Everything is seeded and runs on one thread, so the same interpreter, libraries and processor give the
-same weights. `provenance.json` says what they were.
+same weights. `provenance.json` says what they were; a model that was not trained again keeps its record there.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ RECIPES = {
     "base": Recipe(192, 4, 512, 4, 4000, 2.5e-3, seed=21, start=None),
     "conditional": Recipe(192, 4, 512, 4, 1300, 1.5e-3, seed=22, start="base"),
     "value": Recipe(96, 3, 256, 3, 3000, 3e-3, seed=23, start=None),
+    "judge": Recipe(256, 5, 640, 4, 5000, 2e-3, seed=24, start=None),
 }
 
 
@@ -368,6 +370,9 @@ def provenance(target: Path, scratch: Path) -> None:
     """Writes provenance.json: what the files are and what they were made from."""
     sha = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: E731
     names = [n for n in RECIPES if (target / n / "model.safetensors").exists()]
+    recorded = target / "provenance.json"
+    runs = json.loads(recorded.read_text())["models"] if recorded.is_file() else {}
+    runs |= {n: json.loads(file.read_text()) for n in names if (file := scratch / f"{n}.json").is_file()}
     files = sorted(p for n in names for p in (target / n).iterdir())
     sources = [Path(__file__), Path(grammars.__file__), *sorted(Path(reviews.__file__).parent.glob("*.py"))]
     record = {
@@ -383,7 +388,7 @@ def provenance(target: Path, scratch: Path) -> None:
         },
         "source": "drawn from the grammar of steersman.reference.reviews",
         "samples": measured(target),
-        "models": {n: json.loads((scratch / f"{n}.json").read_text()) for n in names},
+        "models": {n: runs[n] for n in names},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -394,7 +399,7 @@ def provenance(target: Path, scratch: Path) -> None:
         },
         "machine": {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
     }
-    (target / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+    recorded.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(arguments: list[str]) -> None:

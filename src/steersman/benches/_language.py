@@ -276,6 +276,11 @@ class Host:
     writer: Any = None
     opening: Sequence[int] | None = None
 
+    @property
+    def fit_on(self) -> str:
+        """What learned parts are fitted on."""
+        return str(self.setting.get("fit_on") or self.subject.spec)
+
     def set(self, part: str, options: Mapping[str, Any]) -> None:
         """Take a part's options of ``generate``, unless another part set one of them differently."""
         for name, value in options.items():
@@ -321,6 +326,8 @@ class LanguageBench:
     id: str
     shape = "Generator"
     timed = True
+    given: tuple[str, ...] = CONTEXT
+    """Names of :meth:`context`: no knobs of the bench's own parts."""
 
     def parts(self) -> Mapping[str, PartInfo]:
         raise NotImplementedError
@@ -339,14 +346,14 @@ class LanguageBench:
             record = json.loads((Path(part.id) / artefacts.RECORD).read_text())
             self._mounted(h, _learned(catalog.card(record["method"]), part, Path(part.id)))
         elif part.id in own:
-            self._mounted(h, Mounted(part, own[part.id].build, checked_knobs(own[part.id].build, part, skip=CONTEXT)))
+            build = own[part.id].build
+            self._mounted(h, Mounted(part, build, checked_knobs(build, part, skip=self.given)))
         elif part.id in catalog.cards() and self.id in catalog.card(part.id).benches:
             card = catalog.card(part.id)
             method = card.load()
             if card.apply and hasattr(method, "from_pretrained"):
-                found = subjects.resolve(h.subject.spec)
-                if found.kind != "reference":
-                    made = f"steersman apply {part.id} --subject {h.subject.spec} --input DATA --out FOLDER"
+                if subjects.resolve(h.fit_on).kind != "reference":
+                    made = f"steersman apply {part.id} --subject {h.fit_on} --input DATA --out FOLDER"
                     raise InputError(
                         "methods", str(part), f"the folder that {made} made (a comparison makes none of yours)"
                     )
@@ -544,7 +551,7 @@ def fitted_folder(h: Host, mounted: Mounted, context: Mapping[str, Any], rng: St
     wanted = inspect.signature(function).parameters
     settings = {k: v for k, v in context.items() if k == "attribute" and k in wanted and v is not None}
     settings |= mounted.settings
-    found = subjects.resolve(h.subject.spec)
+    found = subjects.resolve(h.fit_on)
 
     def make(folder: Path) -> None:
         given = dict(settings)
@@ -558,4 +565,5 @@ def fitted_folder(h: Host, mounted: Mounted, context: Mapping[str, Any], rng: St
             texts = subjects.write_input(found, Path(temporary))
             function(found.path, texts, folder, seed=rng.seed("fit") % 2**31, log=say, **given)
 
-    return log.fits.get({"method": card.id, "settings": settings, "seed": rng.base}, make)
+    key = {"method": card.id, "settings": settings, "seed": rng.base}
+    return log.fits.get(key | ({"on": h.fit_on} if h.fit_on != h.subject.spec else {}), make)

@@ -46,6 +46,7 @@ def prompts(
     *,
     continuation: int = 1,
     undecided: Sequence[str] = (),
+    kept: float = 0.5,
     risks: tuple[float, float] = (0.0, 1.0),
     tokenizer: PreTrainedTokenizerBase | None = None,
     **given: str,
@@ -57,7 +58,8 @@ def prompts(
         tokens: tokens a prompt; None cuts each review at a random one of the places that will do.
         seed: of the draw.
         continuation: tokens that must follow a prompt in its review.
-        undecided: attributes that a prompt leaves open: each value keeps at least half its prior probability.
+        undecided: attributes that a prompt leaves open: each value keeps at least ``kept`` times its prior probability.
+        kept: from 0 to 1.
         risks: the lowest and highest exact risk of a prompt.
         tokenizer: a transformers tokenizer; by default the reference models' own, a token a word.
         given: attributes of the reviews that prompts are cut from, as ``rudeness="rude"``.
@@ -73,6 +75,8 @@ def prompts(
     for name in (undecided,) if isinstance(undecided, str) else undecided:
         if name not in VALUES:
             raise InputError("undecided", name, f"a list of {', '.join(VALUES)}")
+    if isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 <= kept <= 1:
+        raise InputError("kept", kept, "a number from 0 to 1")
     if not 0 <= risks[0] <= risks[1] <= 1:
         raise InputError("risks", risks, "two numbers from 0 to 1, the lower first")
     if tokenizer is None:
@@ -94,7 +98,7 @@ def prompts(
             cut
             for cut, text in beginnings.items()
             if risks[0] <= known["rudeness"][len(words(text)), 1] <= risks[1]
-            and all((known[a][len(words(text))] >= prior[a][0] / 2).all() for a in undecided)
+            and all((known[a][len(words(text))] >= kept * prior[a][0]).all() for a in undecided)
         ]
         if not fit:
             continue

@@ -31,12 +31,13 @@ def language_model(name: str = "base") -> tuple[PreTrainedModel, PreTrainedToken
     """A causal language model and its tokenizer.
 
     Args:
-        name: ``"base"``, or ``"conditional"``, whose texts begin with :func:`codes`, then ``<s>``.
+        name: ``"base"``; ``"conditional"``, whose texts begin with :func:`codes`, then ``<s>``; or ``"judge"``, larger
+            than ``"base"`` and trained longer on other texts, which says how likely what others wrote is.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if name not in ("base", "conditional"):
-        raise InputError("name", name, "base or conditional")
+    if name not in ("base", "conditional", "judge"):
+        raise InputError("name", name, "base, conditional or judge")
     folder = _folder(name)
     with quiet.loading():
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)

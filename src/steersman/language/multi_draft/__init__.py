@@ -1,7 +1,8 @@
 """Multi-draft speculative decoding: bounds on acceptance, verifiers, and a tree of drafts for ``generate``."""
 
 from steersman.language.multi_draft.acceptance import acceptance, optimal_acceptance
+from steersman.language.multi_draft.decoding import MultiDraft
 from steersman.language.multi_draft.laws import SAMPLERS, VERIFIERS, draft
 from steersman.language.multi_draft.verification import output_law, verify
 
-__all__ = ["SAMPLERS", "VERIFIERS", "acceptance", "draft", "optimal_acceptance", "output_law", "verify"]
+__all__ = ["SAMPLERS", "VERIFIERS", "MultiDraft", "acceptance", "draft", "optimal_acceptance", "output_law", "verify"]

@@ -222,13 +222,13 @@ def _least_without(p: Tensor, q: Tensor, n: int) -> Tensor:
         advance(alone, q_BRC[:, :, t], T)
     before = [torch.zeros_like(alone[0]) for _ in range(n)]
     state = [torch.ones_like(alone[0][:, 0]), *(torch.zeros_like(alone[0][:, 0]) for _ in range(n - 1))]
-    for r in range(chunks):
+    for at in range(chunks):
         for k in range(n):
-            before[k][:, r] = state[k]
-        state = [sum(state[j] * alone[k - j][:, r] for j in range(k + 1)) for k in range(n)]  # type: ignore[misc]
+            before[k][:, at] = state[k]
+        state = [torch.stack([state[j] * alone[k - j][:, at] for j in range(k + 1)]).sum(0) for k in range(n)]
     # Q, λ and p at the ends of the chunks; the end of one is the start of the next.
     ends = left_BRC[:, :, -1]
-    behind = sum(before)[:, 1:]  # type: ignore[index]
+    behind = torch.stack(before).sum(0)[:, 1:]
     Q_ends = torch.cat([mass(behind, ends[:, :-1], T, step_B[:, None]), torch.ones_like(ends[:, :1])], 1)
     p_ends = p.cumsum(1).view(rows, chunks, chunk)
     least = (p_ends[:, :, -1] - Q_ends).amin(1).clamp(max=0)

@@ -151,14 +151,26 @@ def fits(sampler: str, n: int, size: int) -> None:
 def draw(q: Tensor, n: int, sampler: str, generator: torch.Generator | None, order: Tensor) -> Tensor:
     """:func:`draft` on laws in float64 that were checked."""
     if sampler == "with":
-        return torch.multinomial(q, n, replacement=True, generator=generator)
+        return draw_tokens(q, n, generator)
     if sampler == "without":
         first = (q / torch.empty_like(q).exponential_(generator=generator)).topk(n, dim=1)
         return first.indices.masked_fill(first.values <= 0, -1)
     if sampler == "greedy":
         top = top_of(order, n)
-        return torch.cat([top, torch.multinomial(rest(q, top, order), 1, generator=generator)], 1)
+        return torch.cat([top, draw_tokens(rest(q, top, order), 1, generator)], 1)
     a = top_of(q, 2)
-    i = torch.multinomial(rest(q, a, order), 1, generator=generator)
+    i = draw_tokens(rest(q, a, order), 1, generator)
     a_first = torch.rand(a.shape, generator=generator, device=q.device, dtype=q.dtype) < q.gather(1, a)
     return torch.where(a_first, torch.cat([a, i], 1), torch.cat([i, a], 1))
+
+
+def draw_tokens(law: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """n independent tokens of each row of ``law`` (B, V), (B, n): the first whose distribution function exceeds u.
+
+    Exceeds, not reaches: u = 0 must not give a token without probability, of which top-p leaves many.
+    """
+    F = law.cumsum(1)
+    total = F[:, -1:].expand(-1, n).contiguous()
+    u = torch.rand(total.shape, generator=generator, device=law.device, dtype=law.dtype)
+    tokens = torch.searchsorted(F, u * total, right=True)
+    return torch.minimum(tokens, torch.searchsorted(F, total))  # u * total may round up to total

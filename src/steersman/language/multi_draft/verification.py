@@ -20,7 +20,7 @@ from scipy import optimize, sparse
 from torch import Tensor
 
 from steersman.errors import InputError
-from steersman.language.multi_draft.laws import REST, VERIFIERS, checked, fits, one_of, sampler_of, top_of
+from steersman.language.multi_draft.laws import REST, VERIFIERS, checked, draw_tokens, fits, one_of, sampler_of, top_of
 
 NOTHING = 1e-12  # a residual of less mass is rounding error
 SUPPORT, TUPLE = 10, 4  # the largest support and number of drafts for the linear program
@@ -52,7 +52,7 @@ def verify(
         InputError: laws, drafts or names that are refused.
     """
     law = output_law(p, q, drafts, verifier, sampler=sampler)
-    token = draw_token(law, generator)
+    token = draw_tokens(law, 1, generator)[:, 0]
     return token, (token[:, None] == drafts).any(1)
 
 
@@ -94,18 +94,6 @@ def kernel(p: Tensor, q: Tensor, drafts: Tensor, verifier: str, sampler: str) ->
     if verifier == "k-seq":
         return _k_seq(p, q, drafts)
     return _recursive(p, q, drafts[:, :1] if verifier == "single" else drafts, replaced=verifier != "rrsw")
-
-
-def draw_token(law: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token of each row of ``law`` (B, V), by its distribution function: the first token where it exceeds u.
-
-    Exceeds, not reaches: u = 0 must not give a token without probability, of which top-p leaves many.
-    """
-    F = law.cumsum(1)
-    total = F[:, -1:].contiguous()
-    u = torch.rand(total.shape, generator=generator, device=law.device, dtype=law.dtype)
-    token = torch.searchsorted(F, u * total, right=True)
-    return torch.minimum(token, torch.searchsorted(F, total))[:, 0]  # u * total may round up to total
 
 
 def left_over(p: Tensor, q: Tensor) -> Tensor:
@@ -187,7 +175,7 @@ def _greedy(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
 
 
 def _spechub(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
-    r"""SpecHub. Pairs (i, a) have the mass :math:`M^1_i = (1 - q_a)\tilde q_i`, and (a, i) :math:`M^2_i = q_a \tilde q_i`.
+    r"""SpecHub. Pairs (i, a) have mass :math:`M^1_i = (1 - q_a)\tilde q_i`, and (a, i) :math:`M^2_i = q_a \tilde q_i`.
 
     p is taken from them in turn: :math:`t^1 = \min(p, M^1)` at i, :math:`t^2 = \min(p - t^1, M^2)` at i, then what is
     left of the pairs (a, i), and of the pairs (i, a), for a; what then is left of p goes to whatever is left.

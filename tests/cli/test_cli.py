@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -177,3 +178,28 @@ def test_shell_completion_knows_methods_and_verbs(cli):
     program = os.path.join(os.path.dirname(sys.executable), "steersman")
     done = subprocess.run([program], env={**os.environ, **env}, capture_output=True, text=True)
     assert "pndm" in done.stdout
+
+
+def test_help_lists_a_methods_settings(cli, plugin):
+    done = cli("apply", "hello", "--help", env=plugin)
+    assert done.returncode == 0, done.stderr
+    assert "Settings of hello" in done.stdout and "--strength" in done.stdout and "--count" in done.stdout
+    assert "Settings of" not in cli("apply", "--help", env=plugin).stdout
+    assert "a method with probe" in sentence(cli("probe", "pndm", "--help"))
+    assert "did you mean" in sentence(cli("apply", "mmd-dm", "--help"))
+
+
+def test_every_setting_of_every_method_is_told():
+    from steersman import catalog
+    from steersman.cli.verbs import arguments_in
+    from steersman.engine.artefacts import RESERVED, function_of
+
+    untold = []
+    for card in catalog.cards().values():
+        for verb in ("apply", "probe"):
+            if getattr(card, verb):
+                function = function_of(card, verb)
+                told = arguments_in(inspect.getdoc(function) or "")
+                names = inspect.signature(function).parameters.keys() - {*RESERVED, "self"}
+                untold += [f"{verb} {card.id} --{name}" for name in names if not told.get(name)]
+    assert not untold

@@ -42,8 +42,9 @@ def build(arguments: list[str]) -> typer.Typer:
     for verb in (methods, info, cite):
         verb.add_to(app)
     compare.add_to(app, arguments)
-    for verb in (evidence, apply, probe):
-        verb.add_to(app)
+    evidence.add_to(app)
+    for maker in (apply, probe):
+        maker.add_to(app, arguments)
     return app
 
 

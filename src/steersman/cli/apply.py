@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from steersman import catalog
-from steersman.cli.verbs import one_sentence, print_json, settings
+from steersman.cli.verbs import one_sentence, print_json, settings, with_settings
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="A new folder for what is made.")]
 Subject = Annotated[str, typer.Option("--subject", "-s", help="A reference name, a folder, a hub id, ...")]
@@ -18,14 +18,14 @@ Input = Annotated[
 Pairs = Annotated[list[str] | None, typer.Option("--set", help="A setting of the method: name=value.")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def add_to(app: typer.Typer, arguments: list[str]) -> None:
+    """Add the verb; ``arguments`` tell whose settings the help lists."""
     app.command(
         "apply",
         epilog="steersman apply mmd-ddm --subject ./my-pipeline --data ./images --calls 5 --out ./my-pipeline-5 · "
         "steersman apply packet-spraying --subject fabric.yaml --input job.yaml --out plan",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )(one_sentence(apply))
+    )(with_settings(one_sentence(apply), "apply", arguments))
 
 
 def apply(

@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 
 from steersman.cli.apply import Input, Pairs, Subject, run
-from steersman.cli.verbs import one_sentence, print_json, settings
+from steersman.cli.verbs import one_sentence, print_json, settings, with_settings
 from steersman.errors import InputError
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+def add_to(app: typer.Typer, arguments: list[str]) -> None:
+    """Add the verb; ``arguments`` tell whose settings the help lists."""
     app.command(
         "probe",
         epilog="steersman probe subject --subject digits --json",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )(one_sentence(probe))
+    )(with_settings(one_sentence(probe), "probe", arguments))
 
 
 def probe(

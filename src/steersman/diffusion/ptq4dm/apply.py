@@ -60,9 +60,22 @@ def apply(
         log: gets a line now and then.
         prompts: what the pipeline is asked for, where ``input`` holds images.
         layers: bits of single layers, like ``mid_block.*=32,conv_in=8``.
-        bits, weight_bits, activation_bits, states, times, size, mean, std, pairing, batch, steps, guidance,
-            activations, metric, scheme, by_timestep, adaround, qdrop, execution: see :func:`quantize_ptq4dm` and
-            :class:`Calibration`.
+        bits: of weights and activations, 2 to 8.
+        weight_bits, activation_bits: of one of them; 32 leaves it.
+        states: noise_backward_t, states of the sampler; raw_forward_t, images with noise; raw, images; random, noise.
+        times: normal (clipped), poisson, uniform, random, mean (T/2), tenth (T/10), one (1), last (T - 1).
+        size: calibration items, at least 16.
+        mean, std: of the times, in units of T; the mean from 0 to 1/2, std above 0.
+        pairing: of sampled states and times, see :class:`Calibration`.
+        batch: items of a calibration batch.
+        steps, guidance: of the sampling run that visits the states: as the pipeline will be used.
+        activations: input, what enters a layer is quantised; output, what leaves it, as published.
+        metric: of the search for ranges.
+        scheme: of activations.
+        by_timestep: a range for each timestep of the sampler.
+        adaround: iterations of learning which way weights are rounded; 0 rounds to nearest.
+        qdrop: share of activations that are not quantised while rounding is learnt, 0 to 1.
+        execution: simulated, or integer kernels: what is done by default when it is installed.
 
     Returns:
         dict: megabytes before and after, the layers' signal-to-noise ratios, and what stayed in floating point.

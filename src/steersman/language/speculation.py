@@ -125,14 +125,18 @@ class Chain:
         return int(self.cache.get_seq_length())
 
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, places: int | None = None) -> Tensor:
         """Feed what the cache lacks of ``ids`` (T,), and give the logits behind each token fed, (new, V) float32.
 
         The tokens in the cache must be the first of ``ids``, and at least one must be new.
+
+        Args:
+            places: how many logits are wanted, from the end (a long prompt's would fill the memory).
         """
         new = ids[self.length :].to(self.model.device)[None]
-        output = self.model(new, past_key_values=self.cache, use_cache=True, return_dict=True)
-        return output.logits[0].float()
+        fewer = {"logits_to_keep": places} if places is not None and self.model._supports_logits_to_keep() else {}
+        output = self.model(new, past_key_values=self.cache, use_cache=True, return_dict=True, **fewer)
+        return output.logits[0, 0 if places is None else -places :].float()
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""

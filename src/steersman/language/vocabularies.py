@@ -56,11 +56,15 @@ def same_size(target: Any, other: Any, parameter: str, used: int | None = None) 
     mine, theirs = target.config.get_text_config().vocab_size, other.config.get_text_config().vocab_size
     if mine == theirs:
         return
-    larger, smaller = max(mine, theirs), min(mine, theirs)
-    padding = larger - smaller < 128 and larger % 8 == 0
-    if not padding or (used is not None and smaller < used):
+    if not only_padding(mine, theirs) or (used is not None and min(mine, theirs) < used):
         value = f"{type(other).__name__} with {theirs} tokens"
         raise InputError(parameter, value, f"a model with the same vocabulary ({mine} tokens)")
+
+
+def only_padding(one: int, other: int) -> bool:
+    """Whether two vocabulary sizes differ by no more than an embedding's rows of padding."""
+    larger, smaller = max(one, other), min(one, other)
+    return larger == smaller or (larger - smaller < 128 and larger % 8 == 0)
 
 
 def fitted(logits: Tensor, size: int) -> Tensor:

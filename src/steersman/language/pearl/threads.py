@@ -1,0 +1,162 @@
+"""PEARL in one process: the draft model in a thread of its own, on its own device or CUDA stream."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from steersman.language.pearl.sides import Draft, Target
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifying side decides in a round.
+
+    Args:
+        accepted: tokens of the check that were accepted.
+        token: the token drawn behind them, or none.
+        kept: tokens that the text grows by.
+        stop: whether it ends with them.
+        gamma: tokens of the next block.
+    """
+
+    accepted: int
+    token: int | None
+    kept: int
+    stop: bool
+    gamma: int
+
+
+@dataclass
+class Work:
+    """What came of a round's forwards: z, the probability that each was drawn with, and seconds (0: not measured)."""
+
+    written: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    t_draft: float = 0.0
+    t_target: float = 0.0
+
+
+class Threads:
+    """Both models in this process.
+
+    On a GPU that both share, the draft model gets a stream of its own. CPU threads share the cores: let each model
+    have its part of them by ``torch.set_num_threads``.
+
+    Args:
+        draft: makes the draft model's side.
+        target: the target's side.
+        device: where the draft model is.
+    """
+
+    verifies = True
+
+    def __init__(self, draft: Callable[[], Draft], target: Target, device: torch.device) -> None:
+        self.target = target
+        self._make_draft, self._device = draft, device
+        self._laws: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pearl-draft")
+        self._entered = inherited(self._device)
+        # Made where it works, so that all its tensors belong to its stream.
+        self.draft: Draft = self._there(self._make_draft).result()
+        self._committed: Any = None
+        if self.draft.device == self.target.device and self.draft.device.type == "cpu":
+            _warn_of_shared_cores()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def _there(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run ``function`` in the draft model's thread."""
+
+        def call() -> Any:
+            with self._entered():
+                return function(*arguments)
+
+        return self._pool.submit(call)
+
+    def run(self, loop: Callable[[], Any]) -> Any:
+        """Run the loop of rounds."""
+        return loop()
+
+    def work(self, length: int, write: int, places: int) -> Work:
+        """One round's forwards, at the same time: the draft model writes ``write`` tokens behind the first ``length``,
+        and the target gives its laws at the last ``places``."""
+        if self._committed is not None:
+            self._committed.result()
+        writing = self._there(self.draft.write, length, write) if write else None
+        work = Work()
+        if places:
+            work.t_target = self.target.score(length, places)
+        if writing is not None:
+            work.written, work.chances, laws, work.t_draft = writing.result()
+            self._laws += laws
+        return work
+
+    def law(self, i: int) -> Tensor:
+        """The law that token i of (rest + z) was drawn from."""
+        return self._laws[i].to(self.target.device)
+
+    def agree(self, verdict: Verdict | None) -> Verdict:
+        """The verdict, on both sides."""
+        assert verdict is not None
+        return verdict
+
+    def commit(self, length: int, verified: list[int], rest: list[int]) -> None:
+        """Put verified tokens behind the first ``length``, and rest behind them; cut the caches to what stays."""
+        self._laws = self._laws[len(self._laws) - len(rest) :]
+        self._committed = self._there(commit, self.draft, length, verified, rest)
+        commit(self.target, length, verified, rest)
+
+
+def commit(side: Draft | Target, length: int, verified: list[int], rest: list[int]) -> None:
+    """One side of :meth:`Threads.commit`. The last token of what a model works on hasn't passed through it yet, so a
+    cache may lag behind the text, never lead."""
+    side.put(length, [*verified, *rest])
+    ahead = len(rest) if isinstance(side, Draft) else 0
+    side.crop(length + len(verified) + ahead - 1)
+
+
+def inherited(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Torch's modes of this thread (no gradients, inference, autocast) and a stream of its own on a GPU, to be entered
+    in another thread."""
+    inference = torch.is_inference_mode_enabled()
+    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
+    stream = None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with contextlib.ExitStack() as modes:
+            modes.enter_context(torch.inference_mode() if inference else torch.no_grad())
+            for kind, dtype in casts:
+                modes.enter_context(torch.autocast(kind, dtype))
+            if stream is not None:
+                modes.enter_context(torch.cuda.stream(stream))
+            yield
+
+    return enter
+
+
+def _warn_of_shared_cores() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if 2 * torch.get_num_threads() > max(cores, 2):
+        warnings.warn(
+            f"draft and target share {cores} CPU cores with {torch.get_num_threads()} threads each: "
+            f"torch.set_num_threads({max(cores // 2, 1)}) gives each its own",
+            stacklevel=2,
+        )

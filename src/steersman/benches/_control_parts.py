@@ -197,10 +197,16 @@ class Front:
 
 @dataclass(frozen=True)
 class BestOf:
-    """Of ``n`` samples the one that ``score`` likes best is kept."""
+    """Of ``n`` samples the one that ``score`` likes best is kept.
+
+    Args:
+        n: samples.
+        score: texts to numbers; None for the log-probability of what was written, under the model that wrote it (which
+            sampling knows already).
+    """
 
     n: int
-    score: Any
+    score: Callable[[list[str]], Any] | None
 
 
 @dataclass(frozen=True)
@@ -247,11 +253,26 @@ def greedy() -> dict[str, Any]:
     return {"do_sample": False}
 
 
-def beam(num_beams: int = 4) -> dict[str, Any]:
-    """The most probable text that a beam of ``num_beams`` finds: no control."""
-    if isinstance(num_beams, bool) or not isinstance(num_beams, int) or not 2 <= num_beams <= 64:
-        raise InputError("num_beams", num_beams, "a whole number from 2 to 64")
-    return {"do_sample": False, "num_beams": num_beams}
+def beam(num_beams: int = 4, length_penalty: float = 0.0) -> dict[str, Any]:
+    """The most probable text that a beam of ``num_beams`` finds: no control.
+
+    Args:
+        num_beams: 1 is greedy search.
+        length_penalty: a text's log-probability is divided by its length to this power. With 0 it is the sum, with
+            transformers' own default of 1 the mean.
+    """
+    if isinstance(num_beams, bool) or not isinstance(num_beams, int) or not 1 <= num_beams <= 64:
+        raise InputError("num_beams", num_beams, "a whole number from 1 to 64")
+    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float)):
+        raise InputError("length_penalty", length_penalty, "a number")
+    if num_beams == 1:
+        return {"do_sample": False}
+    return {
+        "do_sample": False,
+        "num_beams": num_beams,
+        "length_penalty": float(length_penalty),
+        "early_stopping": False,
+    }
 
 
 def prompting(task: Task, text: str | None = None) -> Front:
@@ -275,8 +296,9 @@ def best_of_n(task: Task, n: int = 4, by: str | None = None) -> BestOf:
 
     Args:
         n: samples.
-        by: ``"scorer"`` (what texts are judged by in the end), ``"value"`` (the value model of ``reviews``) or
-            ``file.py:name``. By default the value model where it knows the attribute, else the scorer.
+        by: ``"scorer"`` (what texts are judged by in the end), ``"value"`` (the value model of ``reviews``),
+            ``"likelihood"`` (the most probable one) or ``file.py:name``. By default the value model where it knows the
+            attribute, else the scorer.
     """
     if isinstance(n, bool) or not isinstance(n, int) or not 2 <= n <= 1000:
         raise InputError("n", n, "a whole number from 2 to 1000")
@@ -285,6 +307,8 @@ def best_of_n(task: Task, n: int = 4, by: str | None = None) -> BestOf:
         if not known:
             raise InputError("by", by, "scorer or file.py:name (the value model knows sentiment and rudeness)")
         return BestOf(n, task.once("value model", lambda: ValueScorer(str(task.value))))
+    if by == "likelihood":
+        return BestOf(n, None)
     if by in (None, "scorer"):
         return BestOf(n, task.scorer)
     return BestOf(n, scoring(subjects.load_callable(str(by), "by"), str(by)))
@@ -444,7 +468,7 @@ PARTS: dict[str, PartInfo] = {
     "beam": PartInfo(
         beam,
         "Beam search: no control.",
-        "model.generate(**inputs, do_sample=False, num_beams={num_beams=4})",
+        "model.generate(**inputs, do_sample=False, num_beams={num_beams=4}, length_penalty={length_penalty=0.0})",
     ),
     "prompting": PartInfo(
         prompting,

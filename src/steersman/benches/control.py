@@ -142,6 +142,7 @@ class ControlBench(LanguageBench):
         "distinct_2": Figure("", "higher", "quality", "share of different 2-grams among the samples of a prompt"),
         "ms_per_token": Figure("ms", "lower", "cost", "wall time by emitted token, all rows of a batch counted"),
         "forward_tokens": Figure("tokens", "lower", "cost", "tokens through all models by emitted token"),
+        "forward_per_text": Figure("tokens", "lower", "info", "tokens through all models by text"),
         "tokens_per_s": Figure("tokens/s", "higher", "info", "emitted tokens by wall time"),
         "score": Figure("", "higher", "info", "mean score"),
         "bad": Figure("", "lower", "info", "share of texts without the attribute"),
@@ -226,7 +227,9 @@ class ControlBench(LanguageBench):
     def _note(self, h: Host, name: str, made: Any) -> None:
         assert isinstance(h, ControlHost)
         super()._note(h, name, made)
-        if isinstance(made, BestOf):
+        if hasattr(made, "n") and hasattr(made, "score"):
+            if h.best is not None:
+                raise InputError("methods", name, "alone: another part chooses among samples, too")
             h.best = made
         h.against = getattr(made, "against", h.against)
 
@@ -266,6 +269,7 @@ class ControlBench(LanguageBench):
             "ms_per_token": 1e3 * seconds / emitted,
             "tokens_per_s": emitted / seconds,
             "forward_tokens": forwards / emitted,
+            "forward_per_text": forwards / (len(texts) * each),
         }
         for name in {name for one in extra for name in one}:
             figures[name] = float(np.mean([one[name] for one in extra if name in one]))
@@ -287,13 +291,24 @@ class ControlBench(LanguageBench):
             read = tokenizer.batch_decode(written.rows, skip_special_tokens=True)
         kept = np.arange(len(rows))
         if h.best is not None:
-            start, tokens = time.perf_counter(), getattr(h.best.score, "tokens", 0)
-            kept = n * np.arange(len(rows) // n) + np.asarray(h.best.score(read)).reshape(-1, n).argmax(1)
-            written.seconds += time.perf_counter() - start
-            written.forwards += getattr(h.best.score, "tokens", 0) - tokens
+            if h.best.score is None:
+                scores = self._likelihood(h, written.rows)
+            else:
+                start, tokens = time.perf_counter(), getattr(h.best.score, "tokens", 0)
+                scores = np.asarray(h.best.score(read))
+                written.seconds += time.perf_counter() - start
+                written.forwards += getattr(h.best.score, "tokens", 0) - tokens
+            kept = n * np.arange(len(rows) // n) + scores.reshape(-1, n).argmax(1)
         scores = h.task.scorer([read[i] for i in kept])
         texts = [Sampled(written.rows[i], whole[i], float(x)) for i, x in zip(kept, scores, strict=True)]
         return [texts[i : i + each] for i in range(0, len(texts), each)], written
+
+    def _likelihood(self, h: ControlHost, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Log-probability of the rows under the model that wrote them, in nats."""
+        opened = [list(prompt.ids) for prompt in h.rows]
+        if h.opening is not None:
+            opened = [[*h.opening, *ids[len(h.subject.opening) :]] for ids in opened]
+        return text_metrics.log_likelihood(h.writer or h.subject.model, rows, opened).total
 
     def _measured(self, h: ControlHost, texts: Sequence[Sequence[Sampled]]) -> dict[str, np.ndarray]:
         """Figures by prompt, (P,) each: means over its texts, where nothing else is said."""

@@ -114,4 +114,6 @@ def test_reference_texts_and_their_scorer(tmp_path):
         subjects.scorer(found, "sentimet=positive")
     with pytest.raises(InputError, match="positive'"):
         subjects.scorer(found, "sentiment=postive")
+    balanced = subjects.write_input(found, tmp_path, "rudeness=polite").read_text().splitlines()
+    assert sum(json.loads(line)["rudeness"] == "rude" for line in balanced) == len(balanced) / 2 == subjects.TEXTS / 2
     assert json.loads(subjects.write_input(subjects.resolve("docs"), tmp_path).read_text().splitlines()[0])["text"]

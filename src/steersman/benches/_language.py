@@ -562,7 +562,7 @@ def fitted_folder(h: Host, mounted: Mounted, context: Mapping[str, Any], rng: St
             log.progress(0, 1, line)
 
         with tempfile.TemporaryDirectory() as temporary:
-            texts = subjects.write_input(found, Path(temporary))
+            texts = subjects.write_input(found, Path(temporary), settings.get("attribute"))
             function(found.path, texts, folder, seed=rng.seed("fit") % 2**31, log=say, **given)
 
     key = {"method": card.id, "settings": settings, "seed": rng.base}

@@ -79,9 +79,11 @@ def run_verb(
         target: str | Path = found.path if found.path and found.kind in ("reference", "path") else found.spec
         with writing(folder), tempfile.TemporaryDirectory(prefix="steersman-input-") as temporary:
             # A reference subject brings its own images or texts, and judges texts itself.
-            given = source or subjects.write_input(found, Path(temporary))
-            known = {} if checked.get("scorer") else _judged(function, found, checked)
-            metrics = function(target, given, partial, seed=seed, log=log, **checked | known)
+            attribute = attribute_of(function, checked)
+            given = source or subjects.write_input(found, Path(temporary), attribute)
+            judged = "scorer" in inspect.signature(function).parameters and checked.get("scorer") is None
+            scorer = {"scorer": subjects.scorer(found, attribute)} if judged else {}
+            metrics = function(target, given, partial, seed=seed, log=log, **checked | scorer)
             record = {
                 "verb": verb,
                 "method": card.id,
@@ -105,13 +107,11 @@ def run_verb(
         raise
 
 
-def _judged(function: Callable[..., Any], found: subjects.Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference subject's own scorer of texts, for a function that takes one and was given none."""
-    parameters = inspect.signature(function).parameters
-    if "scorer" not in parameters or "attribute" not in parameters:
-        return {}
-    scorer = subjects.scorer(found, settings.get("attribute", parameters["attribute"].default))
-    return {} if scorer is None else {"scorer": scorer}
+def attribute_of(function: Callable[..., Any], settings: Mapping[str, Any]) -> str | None:
+    """The attribute (``column=value``) that a function works on, of its settings or by default; None if it has none."""
+    parameter = inspect.signature(function).parameters.get("attribute")
+    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return typing.cast(str | None, settings.get("attribute", default))
 
 
 def function_of(card: Card, verb: str) -> Callable[..., Any]:

@@ -124,9 +124,12 @@ def write_images(subject: Subject, folder: Path) -> Path | None:
 TEXTS = 4000  # labelled texts that a reference subject brings
 
 
-def write_input(subject: Subject, folder: Path) -> Path | None:
+def write_input(subject: Subject, folder: Path, attribute: str | None = None) -> Path | None:
     """What a reference subject brings for methods to work with: its images, or texts as ``texts.jsonl`` (a line has
-    ``text`` and, for ``reviews``, its topic, sentiment, rudeness and length)."""
+    ``text`` and, for ``reviews``, its topic, sentiment, rudeness and length).
+
+    With an attribute (``column=value``), each value of that column has as many texts: some are rare.
+    """
     name = subject.spec.partition(":")[0].partition("/")[0]
     if subject.kind != "reference" or name not in ("docs", "reviews"):
         return write_images(subject, folder)
@@ -137,7 +140,11 @@ def write_input(subject: Subject, folder: Path) -> Path | None:
     else:
         from steersman.reference import reviews
 
-        records = [vars(review) for review in reviews.texts("train", TEXTS)]
+        column = (attribute or "").partition("=")[0]
+        values = reviews.VALUES.get(column, ())
+        each = [reviews.texts("train", TEXTS // len(values), **{column: value}) for value in values]
+        found = [review for row in zip(*each, strict=True) for review in row] or reviews.texts("train", TEXTS)
+        records = [vars(review) for review in found]
     file = folder / "texts.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file

@@ -142,7 +142,7 @@ def write_input(subject: Subject, folder: Path, attribute: str | None = None) ->
 
         column = (attribute or "").partition("=")[0]
         values = reviews.VALUES.get(column, ())
-        each = [reviews.texts("train", TEXTS // len(values), **{column: value}) for value in values]
+        each = [reviews.texts("train", TEXTS // len(values), 0, **{column: value}) for value in values]
         found = [review for row in zip(*each, strict=True) for review in row] or reviews.texts("train", TEXTS)
         records = [vars(review) for review in found]
     file = folder / "texts.jsonl"

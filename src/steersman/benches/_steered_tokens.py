@@ -3,7 +3,9 @@ r"""Where steering changed what a language model would have said.
 Along a text that was written, behind each prefix :math:`x_{<t}`, stand the subject's own law p and the law p' that
 the contender drew from (before temperature and cuts of the tail). A token is marked as steered where
 
-.. math:: \mathrm{KL}(p' \| p) \ge \texttt{STEERED} \quad\text{or}\quad \arg\max p' \ne \arg\max p .
+.. math:: \mathrm{KL}(p' \| p) \ge \texttt{STEERED} .
+
+Another most probable token alone is no sign of steering: the first two can be next to equal.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-STEERED = 0.5  # nats
+STEERED = 0.2  # nats
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,16 @@ class Change:
 
     Args:
         kl: KL(p' | p) in nats.
-        instead: the subject's most probable token, where p' has another one, else None.
+        before, after: the most probable token under p and under p'.
     """
 
     kl: float
-    instead: int | None
+    before: int
+    after: int
 
     @property
     def steered(self) -> bool:
-        return self.kl >= STEERED or self.instead is not None
+        return self.kl >= STEERED
 
 
 @torch.no_grad()
@@ -69,7 +72,7 @@ def changes(
         law, own = row[0].double().log_softmax(-1), base[t].double().log_softmax(-1).to(row.device)
         kept = law > -torch.inf
         kl = float((law[kept].exp() * (law[kept] - own[kept])).sum().clamp(min=0))
-        found.append(Change(kl, int(own.argmax()) if int(own.argmax()) != int(law.argmax()) else None))
+        found.append(Change(kl, int(own.argmax()), int(law.argmax())))
     return found
 
 

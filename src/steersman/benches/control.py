@@ -381,10 +381,11 @@ class ControlBench(LanguageBench):
         spans = []
         for (start, end), change in zip(itertools.pairwise(cuts), found, strict=True):
             if change.steered and end > start:
-                favourite = (
-                    "" if change.instead is None else f", the model's own is {tokenizer.decode(change.instead)!r}"
-                )
-                spans.append((start, end, f"{change.kl:.2f} nats{favourite}"))
+                note = f"law changed by {change.kl:.2f} nats"
+                if change.before != change.after:
+                    before, after = (tokenizer.decode([token]).strip() for token in (change.before, change.after))
+                    note += f"; most probable was {before!r}, is {after!r}"
+                spans.append((start, end, note))
         return spans
 
     # --- the report ---------------------------------------------------------------------------------------
@@ -459,7 +460,7 @@ def _side_by_side(comparison: Comparison, setting: Mapping[str, Any]) -> SideByS
     if not answers:
         return None
     caption = (
-        f"Marked: tokens at which steering changed the model's own law by {STEERED} nats or more, or its most probable "
-        f"word. The first of each prompt's texts, seed {seed}."
+        f"Marked: tokens at which steering had changed the model's own law by {STEERED} nats or more. The first of "
+        f"each prompt's texts, seed {seed}."
     )
     return SideBySide("The same prompts", answers, caption=caption, setting=setting)

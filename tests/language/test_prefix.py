@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,6 +82,16 @@ def test_feeds_one_token_where_rows_grow_by_one(model) -> None:
     finally:
         hook.remove()
     assert [tuple(shape) for shape in fed] == [(6, 6), (6, 1), (6, 1)]
+
+
+def test_threads_carry_their_own(model) -> None:
+    asked = PrefixModel(model, opening=[[7], [8]], totals=True)
+    texts = [[[2 + i, 3, 4]] for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            list(pool.map(lambda batch: agrees(asked, batch), texts))
+    copied = pickle.loads(pickle.dumps(asked))
+    agrees(copied, texts[0])
 
 
 def test_padding_is_limited_to_the_prompt(model) -> None:

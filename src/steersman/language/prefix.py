@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,24 @@ class Step:
     tokens: Tensor
 
 
+class Carried(threading.local):
+    """What is carried from call to call, of each thread (a draft and a target may ask at the same time).
+
+    Attributes:
+        ids: the texts in the cache, (R, T').
+        last: logits behind their last column, (nR, V).
+        sums: totals up to each column, (nR, T').
+        cache: of nR rows.
+    """
+
+    ids: Tensor | None = None
+    last: Tensor | None = None
+    sums: Tensor | None = None
+    cache: Any = None
+
+
 class PrefixModel:
-    """A causal model whose next-token outputs are asked for by prefix.
+    """A causal model whose next-token outputs are asked for by prefix. It may be called from several threads.
 
     Args:
         model: a decoder-only model of transformers with ``.logits`` (B, T, V) of any meaning and full attention.
@@ -81,35 +98,41 @@ class PrefixModel:
         self.n = len(self.openings)
         self.totals = totals
         self.limit = getattr(model.config, "max_position_embeddings", None)
-        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._positions, self._last_only = "position_ids" in takes, "logits_to_keep" in takes
         self._opened: Tensor | None = None
-        self.forget()
+        self._carried = Carried()
 
     def forget(self) -> None:
         """Drop what was carried (memory only: answers never depend on it)."""
-        self._ids: Tensor | None = None  # (R, T') the texts in the cache
-        self._cache: Any = None
-        self._last: Tensor | None = None  # (nR, V) logits behind the last column
-        self._sums: Tensor | None = None  # (nR, T') totals up to each column
+        self._carried = Carried()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_carried": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._carried = Carried()
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Step:
         """The model's outputs behind each row of ``input_ids`` (B, T), T >= 1."""
+        carried = self._carried
         ids = input_ids.to(self.model.device)
         length = ids.shape[1]
         text = self._text(ids)
         parent, kept = self._matched(ids)
-        if kept == length and self._last is not None:  # asked before, in any order
+        if kept == length and carried.last is not None:  # asked before, in any order
             rows = self._all(parent)
-            sums = self._sums[rows, -1] if self._sums is not None else None
-            return Step(self._last[rows], sums, text.sum(1))
+            sums = carried.sums[rows, -1] if carried.sums is not None else None
+            return Step(carried.last[rows], sums, text.sum(1))
         start = self._resume(parent, kept)
         logits = self._feed(ids, text, start)
         if self.totals:
             self._add(ids, text, logits, start)
-        self._ids, self._last = ids.clone(), logits[:, -1].clone()
-        sums = self._sums[:, -1] if self._sums is not None else None
-        return Step(self._last, sums, text.sum(1))
+        carried.ids, carried.last = ids.clone(), logits[:, -1].clone()
+        sums = carried.sums[:, -1] if carried.sums is not None else None
+        return Step(carried.last, sums, text.sum(1))
 
     # --- inside -------------------------------------------------------------------------------------------
 
@@ -124,9 +147,10 @@ class PrefixModel:
 
     def _matched(self, ids: Tensor) -> tuple[Tensor, int]:
         """The cached row that each text goes on from, and how many columns all share with theirs."""
-        if self._ids is None:
+        carried = self._carried
+        if carried.ids is None:
             return torch.empty(0, dtype=torch.long, device=ids.device), 0
-        before = self._ids
+        before = carried.ids
         width = min(before.shape[1], ids.shape[1])
         if before.shape[0] == ids.shape[0] and torch.equal(before[:, :width], ids[:, :width]):
             parent, shared = torch.arange(len(ids), device=ids.device), width
@@ -140,33 +164,37 @@ class PrefixModel:
 
     def _all(self, rows: Tensor) -> Tensor:
         """Rows of the texts as rows under every opening."""
-        assert self._ids is not None
-        return (torch.arange(self.n, device=rows.device)[:, None] * len(self._ids) + rows).flatten()
+        carried = self._carried
+        assert carried.ids is not None
+        return (torch.arange(self.n, device=rows.device)[:, None] * len(carried.ids) + rows).flatten()
 
     def _resume(self, parent: Tensor, kept: int) -> int:
         """Bring the cache to the columns that are shared, and say from which column on to feed."""
-        assert self._ids is None or self._cache is not None
-        back = 0 if self._ids is None else self._ids.shape[1] - kept
+        carried = self._carried
+        assert carried.ids is None or carried.cache is not None
+        back = 0 if carried.ids is None else carried.ids.shape[1] - kept
         if back and self.totals:
             # The next token's log-probability needs the outputs behind the last shared column: feed that again.
             kept, back = kept - 1, back + 1
-        if self._ids is None or kept <= 0:
-            self.forget()
-            self._cache = DynamicCache()
+        if carried.ids is None or kept <= 0:
+            carried.ids = carried.last = carried.sums = None
+            carried.cache = DynamicCache()
             return 0
         rows = self._all(parent)
-        if not torch.equal(rows, torch.arange(self.n * len(self._ids), device=rows.device)):
-            self._cache.batch_select_indices(rows)
-            self._last = None if self._last is None else self._last[rows]
-            self._sums = None if self._sums is None else self._sums[rows]
+        if not torch.equal(rows, torch.arange(self.n * len(carried.ids), device=rows.device)):
+            carried.cache.batch_select_indices(rows)
+            carried.last = None if carried.last is None else carried.last[rows]
+            carried.sums = None if carried.sums is None else carried.sums[rows]
         if back:
-            self._cache.crop(-back)
-            self._last = None
-            self._sums = None if self._sums is None else self._sums[:, : kept + 1]
+            carried.cache.crop(-back)
+            carried.last = None
+            carried.sums = None if carried.sums is None else carried.sums[:, : kept + 1]
         return kept
 
     def _feed(self, ids: Tensor, text: Tensor, start: int) -> Tensor:
-        """Logits behind each column from ``start`` on, under each opening, (nB, T - start, V) float32."""
+        """Logits behind each column from ``start`` on (without totals: some, the last among them), under each opening,
+        (nB, T - start, V) float32."""
+        carried = self._carried
         new = ids[:, start:].repeat(self.n, 1)
         width = max(map(len, self.openings))
         opening, opens = self._opening(ids.device)  # (n, O) each
@@ -177,13 +205,15 @@ class PrefixModel:
         if self.limit is not None and mask.shape[1] > self.limit:
             allowed = f"at most {self.limit} for {type(self.model).__name__} (with an opening of {width})"
             raise InputError("input_ids", f"{ids.shape[1]} tokens", allowed)
-        given = {"position_ids": places} if self._positions else {}
+        given: dict[str, Any] = {"position_ids": places} if self._positions else {}
+        if self._last_only and not self.totals:
+            given["logits_to_keep"] = 1
         output = self.model(
-            new, attention_mask=mask.long(), past_key_values=self._cache, use_cache=True, return_dict=True, **given
+            new, attention_mask=mask.long(), past_key_values=carried.cache, use_cache=True, return_dict=True, **given
         )
-        self._cache = output.past_key_values
+        carried.cache = output.past_key_values
         logits = output.logits.float()
-        if start == 0 and width:
+        if self.totals and start == 0 and width:
             if self._opened is None:
                 self._opened = logits[:: len(ids), width - 1].log_softmax(-1)
             logits = logits[:, width:]
@@ -200,12 +230,12 @@ class PrefixModel:
 
     def _add(self, ids: Tensor, text: Tensor, logits: Tensor, start: int) -> None:
         """Extend the running totals by the columns from ``start`` on, whose logits these are."""
-        law = logits.log_softmax(-1)
+        carried = self._carried
         token = ids[:, start:].repeat(self.n, 1)
-        said = torch.zeros(token.shape, dtype=law.dtype, device=law.device)
-        said[:, 1:] = law[:, :-1].gather(2, token[:, 1:, None]).squeeze(2)
-        if start and self._last is not None:
-            said[:, :1] = self._last.log_softmax(-1).gather(1, token[:, :1])
+        said = torch.zeros(token.shape, dtype=logits.dtype, device=logits.device)
+        said[:, 1:] = logits[:, :-1].gather(2, token[:, 1:, None]).squeeze(2) - logits[:, :-1].logsumexp(-1)
+        if start and carried.last is not None:
+            said[:, :1] = carried.last.log_softmax(-1).gather(1, token[:, :1])
         # The first token of a text comes behind the opening, whatever padding lies between.
         counted = text.repeat(self.n, 1)
         first = ((counted.long().cumsum(1) == 1) & counted)[:, start:]
@@ -213,10 +243,10 @@ class PrefixModel:
         if self._opened is not None:
             behind = self._opened.repeat_interleave(len(ids), 0).gather(1, token)
         said = torch.where(first, behind, said).masked_fill(~counted[:, start:], 0.0)
-        known = self._sums
+        known = carried.sums
         if known is None or not start:
-            self._sums = said.cumsum(1)
+            carried.sums = said.cumsum(1)
             return
         # A column that was fed again is in the totals already.
         said[:, 0] = known[:, -1] if known.shape[1] > start else known[:, -1] + said[:, 0]
-        self._sums = torch.cat([known[:, :start], said.cumsum(1)], 1)
+        carried.sums = torch.cat([known[:, :start], said.cumsum(1)], 1)

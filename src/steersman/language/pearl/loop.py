@@ -305,6 +305,8 @@ class PEARL:
 
 def _one_row(input_ids: Tensor, config: Any, model_kwargs: Mapping[str, Any]) -> tuple[Tensor, int]:
     """The one row of ids, and how many columns of padding are in front."""
+    if config.num_beams not in (None, 1):
+        raise InputError("num_beams", config.num_beams, "1 for PEARL")
     if input_ids.shape[0] != 1:
         allowed = "1 for PEARL, whose rounds follow one text (MultiDraft and greedy search take batches)"
         raise InputError("batch", input_ids.shape[0], allowed)

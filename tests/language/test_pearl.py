@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from steersman.errors import InputError
+from steersman.cluster.launch import launch
+from steersman.errors import InputError, TrialError
 from steersman.language import MomentumDecoding
 from steersman.language.pearl import PEARL, VARIANTS, Rounds, accept, expected_tokens
 from steersman.language.pearl.loop import Gamma
@@ -540,3 +544,56 @@ def test_a_failing_draft_is_heard() -> None:
     draft.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(model, torch.tensor([[5, 9, 2]]), 5, custom_generate=PEARL(draft, 2))
+
+
+# --- two ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks found, one of which was killed at the end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    function = f"{Path(__file__).parent / 'pearl_ranks.py'}:everything"
+    with pytest.raises(TrialError, match="rank 0 of 2 was killed by SIGKILL") as caught:
+        launch(function, {"folder": str(folder)}, 2, timeout=200)
+    files = [folder / f"{rank}.json" for rank in range(2)]
+    assert all(file.is_file() for file in files), caught.value.__notes__
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("case", [*VARIANTS, "same model", "large ids", "small vocabulary", "afterwards"])
+def test_errata_both_engines_write_the_same_text(ranks: list[dict[str, Any]], case: str) -> None:
+    """Also with ids that bfloat16 would round, and with fewer tokens than two blocks have."""
+    for found in ranks:
+        assert found[case][:2] == [True, True] and found[case][2] > 3
+
+
+def test_ranks_refuse_what_they_can_t_share(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert (
+            found["other prompt"][0] == "InputError"
+            and "different on the two ranks (prompt)" in found["other prompt"][1]
+        )
+        assert found["other settings"][0] == "InputError"
+        assert "(do_sample: 0 on rank 0, 1 on rank 1)" in found["other settings"][1]
+        assert found["other vocabulary"][0] == "InputError" and "97 tokens" in found["other vocabulary"][1]
+    assert ranks[0]["refused"][0] == "InputError" and "no cache" in ranks[0]["refused"][1]
+    assert ranks[1]["refused"][:2] == ["TrialError", "rank 0 (draft model) refused its input, and says why itself"]
+
+
+def test_a_rank_that_fails_hangs_or_dies_ends_both(ranks: list[dict[str, Any]]) -> None:
+    """Within 10 seconds, and no process is left."""
+    names = ("rank 0 (draft model)", "rank 1 (target)")
+    for who in (0, 1):
+        failed, hung = f"rank {who} fails", f"rank {who} hangs"
+        assert ranks[who][failed][:2] == ["ValueError", "out of memory"]
+        assert ranks[1 - who][failed][0] == "TrialError" and f"{names[who]} is gone" in ranks[1 - who][failed][1]
+        assert ranks[who][hung][:2] == ["TrialError", f"{names[who]} took longer than 1.5 s for one step"]
+        assert ranks[1 - who][hung][0] == "TrialError" and names[who] in ranks[1 - who][hung][1]
+        assert all(found[case][2] < 10 for found in ranks for case in (failed, hung))
+    assert "killed" not in ranks[0]
+    assert ranks[1]["killed"][0] == "TrialError" and ranks[1]["killed"][2] < 10
+    assert "rank 0 (draft model) is gone" in ranks[1]["killed"][1]
+    for found in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(found["pid"], 0)

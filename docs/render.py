@@ -50,7 +50,13 @@ FOUNDATIONS = {
         "steersman.diffusion.guidance": ["Guidance", "StockGuidance", "Moment"],
         "steersman.diffusion.installing": ["Installable", "installed", "save_steered", "load_steered"],
     },
-    "language": {"steersman.language.contrastive_search": ["ContrastiveSearch"]},
+    "language": {
+        "steersman.language.contrastive_search": ["ContrastiveSearch"],
+        "steersman.language.prefix": ["PrefixModel", "Step"],
+        "steersman.language.speculation": ["Law", "SpeculationRecord", "Chain"],
+        "steersman.language.vocabularies": ["same_vocabulary", "same_size"],
+        "steersman.language.endpoint": ["EndpointSampler"],
+    },
 }
 """What a room offers beside its methods."""
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from steersman.language.multi_draft.laws import SAMPLERS, VERIFIERS, checked, fits, one_of, order_of, rest, top_of
-from steersman.language.multi_draft.verification import k_seq_gamma, left_over, without
+from steersman.language.multi_draft.verification import NOTHING, k_seq_gamma, left_over, without
 
 EARLIEST = -18.0  # log T: n >= 2 tokens have ended by then with probability below e^-36
 LATEST = 40.0  # times 1 / lambda: the race goes on with probability e^-40
 SPACING = 0.28
 BLOCK = 1 << 16  # numbers that the count's recursion works on at once: they stay in the processor's cache
-EXACT = 4096  # sequences of rejected drafts up to which RRSw's acceptance is summed, and above drawn
+PATHS = 16  # sequences of rejected drafts that are drawn for RRSw's acceptance, where they can't be summed over
+WIDE = 1 << 21  # numbers up to which they can, and that are worked on at once
 
 
 def optimal_acceptance(
@@ -92,8 +93,8 @@ def acceptance(
     ``ot-lp``    :math:`\alpha^*` without replacement
     ===========  ==========================================================================================
 
-    The last draft of ``rrsw`` is integrated out in closed form. The drafts before it are summed over, if they are at
-    most 4096 sequences (n = 2 is always exact), and otherwise 64 of them are drawn, without bias.
+    The last two drafts of ``rrsw`` are integrated out in closed form. The drafts before them are summed over in small
+    vocabularies; in large ones 16 sequences of them are drawn, without bias (n <= 2 is always exact).
 
     Args:
         p, q, n, ranking: as in :func:`optimal_acceptance`.
@@ -131,29 +132,42 @@ def _greedy(p: Tensor, q: Tensor, n: int, order: Tensor) -> Tensor:
 
 def _rrsw(p: Tensor, q: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """Probability that all n drafts are rejected, (B,)."""
-    miss = (1 - torch.minimum(p, q).sum(1)).clamp(min=0)
-    if n == 1:
-        return miss
-    rejects = (q - p).clamp(min=0)  # the law of a rejected draft, up to its mass
-    rejects = torch.where(miss[:, None] > 1e-15, rejects / rejects.sum(1, keepdim=True).clamp(min=1e-300), 0.0)
-    p = left_over(p, q)
-    if n == 2:
-        return miss * _last_rejected(p, q, rejects)
-    out = []
-    for row in range(len(p)):
-        if float(miss[row]) <= 1e-15:
-            out.append(miss[row])
-            continue
-        possible = rejects[row].nonzero()[:, 0]
-        if len(possible) ** (n - 2) <= EXACT:
-            first, weight = possible, rejects[row, possible]
+    group = max(1, WIDE // (PATHS * q.shape[1]))
+    if len(p) > group:
+        parts = zip(p.split(group), q.split(group), strict=True)
+        return torch.cat([_rrsw(*part, n, generator) for part in parts])
+    rows, size = q.shape
+    owner = torch.arange(rows, device=q.device)  # the row of each sequence of rejected drafts
+    chance = torch.ones_like(p[:, 0])
+    for k in range(n):
+        there = q.sum(1) > 0  # else the drafts before were all of q's support
+        miss = torch.where(there, (1 - torch.minimum(p, q).sum(1)).clamp(min=0), 1.0)
+        if k == n - 1:
+            return torch.zeros(rows, dtype=q.dtype, device=q.device).index_add(0, owner, chance * miss)
+        left = (q - p).clamp(min=0)  # the law of a rejected draft, up to its mass
+        # Where nothing is rejected, or nothing was drafted, any token will do: its weight is 0, or it changes nothing.
+        rejects = torch.where(left.sum(1, keepdim=True) > NOTHING, left, torch.ones_like(left) / size)
+        rejects = rejects / rejects.sum(1, keepdim=True)
+        p = torch.where(there[:, None], left_over(p, q), p)
+        chance = chance * miss
+        if k == n - 2:
+            last = torch.where(there, _last_rejected(p, q, rejects), 1.0)
+            return torch.zeros(rows, dtype=q.dtype, device=q.device).index_add(0, owner, chance * last)
+        if len(q) * size * size <= WIDE:
+            parent, token = rejects.nonzero(as_tuple=True)
+            weight = rejects[parent, token]
         else:
-            first = torch.multinomial(rejects[row], 64, replacement=True, generator=generator)
-            weight = torch.full_like(first, 1 / 64, dtype=p.dtype)
-        rows = torch.full_like(first, row)
-        later = _rrsw(p[rows], without(q[rows], first[:, None]), n - 1, generator)
-        out.append(miss[row] * (weight * later).sum())
-    return torch.stack(out)
+            times = PATHS if len(q) == rows else 1
+            # Systematic draws: without bias, and of less variance than independent ones.
+            u = torch.rand(len(q), 1, generator=generator, device=q.device, dtype=q.dtype)
+            u = (u + torch.arange(times, device=q.device)) / times
+            F = rejects.cumsum(1)
+            token = torch.searchsorted(F, u * F[:, -1:], right=True).clamp(max=size - 1).flatten()
+            parent = torch.arange(len(q), device=q.device).repeat_interleave(times)
+            weight = torch.full_like(chance[parent], 1 / times)
+        p, q = p[parent], without(q[parent], token[:, None])
+        owner, chance = owner[parent], chance[parent] * weight
+    raise AssertionError
 
 
 def _last_rejected(r: Tensor, s: Tensor, rejects: Tensor) -> Tensor:

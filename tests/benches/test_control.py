@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
+from steersman import catalog
 from steersman.benches import _control_parts as parts
 from steersman.benches._language import Prompt, Subject, load
 from steersman.benches._steered_tokens import STEERED, changes
@@ -191,6 +193,70 @@ def test_a_text_in_front_is_no_part_of_the_text(everything: Comparison) -> None:
     assert task.subject.tokenizer.decode(opening, skip_special_tokens=True) == front
 
 
+# --- learned methods ---------------------------------------------------------------------------------------------
+
+
+class Learned(LogitsProcessor):
+    """Says a word more often, by how much its artefact says."""
+
+    def __init__(self, folder: Path, strength: float) -> None:
+        self.made = json.loads((folder / "made.json").read_text())
+        self.strength = strength
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, *, attribute: str | None = None, strength: float = 1.0) -> Learned:
+        made = cls(folder, strength)
+        assert attribute == made.made["attribute"] == "rudeness=polite"
+        return made
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, self.made["token"]] += self.strength
+        return scores
+
+
+def learn(
+    subject: Path, input: Path, out: Path, *, seed: int, log: Any, attribute: str, scorer: Any = None, word: str = "the"
+) -> dict[str, Any]:
+    """Keeps what it was given."""
+    given = [json.loads(line) for line in Path(input).read_text().splitlines()]
+    assert {"text", "rudeness"} <= given[0].keys() and scorer(["get lost.", "the soup was cold."]).tolist() == [0, 1]
+    record = {"attribute": attribute, "subject": Path(subject).name, "seed": seed}
+    token = load("reviews").tokenizer(word, add_special_tokens=False)["input_ids"][0]
+    (out / "made.json").write_text(json.dumps(record | {"token": token}))
+    return {}
+
+
+def test_learned_methods_are_fitted_once_for_a_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the subject or on ``fit_on``; knobs of the object alone share a fit."""
+    known = dict(catalog.cards())
+    card = dataclasses.replace(
+        known["momentum-decoding"],
+        id="learned",
+        benches=("control",),
+        object=f"{__name__}:Learned",
+        apply=f"{__name__}:learn",
+    )
+    monkeypatch.setattr(catalog, "cards", lambda: known | {"learned": card})
+    methods = ["sample", "learned", "learned:strength=30", "learned:word=a:strength=30"]
+    grid = {"attribute": "rudeness=polite", "count": 2, "samples": 1, "marked": 1}
+    found = compare("control", "reviews", methods, SMALL | grid, seeds=2, out=tmp_path / "a")
+    assert [(r.contender, r.error) for r in found.rows if r.status != "ok"] == []
+    fits = [json.loads(file.read_text()) for file in (tmp_path / "a" / "fits").glob("*/made.json")]
+    assert len(fits) == 4 and {fit["subject"] for fit in fits} == {"base"} and len({fit["seed"] for fit in fits}) == 2
+    for row in found.select("learned:strength=30"):
+        folder = row.items_dir(found.out)
+        assert folder is not None
+        (first, _) = json.loads((folder / "texts.json").read_text())
+        assert set(first["texts"][0]["text"].split()) == {"the"} and first["spans"]
+    grid |= {"fit_on": "reviews/conditional"}
+    compare("control", "reviews", ["learned"], SMALL | grid, seeds=1, out=tmp_path / "b")
+    (fit,) = [json.loads(file.read_text()) for file in (tmp_path / "b" / "fits").glob("*/made.json")]
+    assert fit["subject"] == "conditional"
+    with pytest.raises(InputError, match="setting of learned"):
+        compare("control", "reviews", ["learned:colour=red"], SMALL | grid, seeds=1)
+
+
 # --- steered tokens ---------------------------------------------------------------------------------------------
 
 
@@ -346,6 +412,7 @@ def test_refused_of_your_own(mine: dict[str, str], methods: list[str], grid: dic
         (["sample"], {"attribute": "topic=car"}, "topic="),
         (["sample"], {"risk_low": 0.5, "risk_high": 0.1}, "risk_low="),
         (["sample"], {"samples": 0}, "samples="),
+        (["sample"], {"count": 20, "risk_low": 0.999, "risk_high": 0.9999}, "count=20"),
         (["sample"], {"temperature": 0}, "temperature="),
         (["sample"], {"judge": "docs/none"}, "judge|subject"),
         (["lottery"], {}, "methods="),

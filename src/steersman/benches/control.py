@@ -179,9 +179,7 @@ class ControlBench(LanguageBench):
         task = self.task(s, setting)
         if setting["risk_low"] > setting["risk_high"]:
             raise InputError("risk_low", setting["risk_low"], f"at most risk_high ({setting['risk_high']:g})")
-        task.scorer(
-            ["a text", "another one"]
-        )  # a scorer that answers in another form is refused before the first trial
+        task.scorer(["a text", "another one"])  # refuses answers of another form before the first trial
         longest = max(len(prompt.ids) for prompt in self.prompts(s, setting, Streams(0))) + setting["new_tokens"]
         for parameter, by in (("new_tokens", s), ("judge", judge(s, setting))):
             if longest > by.positions:
@@ -197,15 +195,18 @@ class ControlBench(LanguageBench):
         if key not in s.known:
             # Prompts between two risks leave rudeness open by themselves.
             risky = (setting["risk_low"], setting["risk_high"]) != (0.0, 1.0)
-            cut = reviews.prompts(
-                setting["count"],
-                setting["prompt_tokens"],
-                rng.seed("prompts"),
-                undecided=[] if risky and task.column == "rudeness" else [str(task.column)],
-                kept=setting["undecided"],
-                risks=(setting["risk_low"], setting["risk_high"]),
-                tokenizer=s.tokenizer,
-            )
+            try:
+                cut = reviews.prompts(
+                    setting["count"],
+                    setting["prompt_tokens"],
+                    rng.seed("prompts"),
+                    undecided=[] if risky and task.column == "rudeness" else [str(task.column)],
+                    kept=setting["undecided"],
+                    risks=(setting["risk_low"], setting["risk_high"]),
+                    tokenizer=s.tokenizer,
+                )
+            except InputError as error:
+                raise InputError("count", setting["count"], error.allowed) from None
             s.known[key] = [Prompt((*s.opening, *p.ids), (*p.continuation_ids, s.tokenizer.eos_token_id)) for p in cut]
         return s.known[key]
 

@@ -15,7 +15,7 @@ x_{1:t})^\omega`. ::
 
 from steersman.language.gedi.applying import apply, read_labelled
 from steersman.language.gedi.codes import ControlCodes
-from steersman.language.gedi.conditional import BestOf, ClassConditional
+from steersman.language.gedi.conditional import BestOf, ClassConditional, PosteriorScorer
 from steersman.language.gedi.processor import GeDi, ShiftLogits, class_log_posterior, remove_unlikely
 from steersman.language.gedi.training import GeDiTrainer, GenerativeClassifier, hybrid_loss, tokenized
 
@@ -26,6 +26,7 @@ __all__ = [
     "GeDi",
     "GeDiTrainer",
     "GenerativeClassifier",
+    "PosteriorScorer",
     "ShiftLogits",
     "apply",
     "class_log_posterior",

@@ -114,6 +114,7 @@ def apply(
     model, tokenizer = _start(subject, guide, layers)
     names = [name.strip() for name in code_tokens.split(",")] if code_tokens else []
     chosen = ControlCodes.choose(tokenizer, column, values, wanted, keywords, names)
+    _told_apart(model, [i for i in chosen.ids if i in tokenizer.all_special_ids])
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(1, *(len(chosen.words(v, tokenizer)) + 1 for v in values)) if keywords else 1
     length = min(length, (limit or math.inf) - longest)  # type: ignore[assignment]
@@ -256,6 +257,18 @@ def _start(subject: str | Path, guide: str | None, layers: int | None) -> tuple[
         return (_first_layers(other, layers) if layers else other), tokenizer
     total = model.config.get_text_config().num_hidden_layers
     return _first_layers(model, layers or max(1, total // 4)), tokenizer
+
+
+@torch.no_grad()
+def _told_apart(model: Any, ids: list[int]) -> None:
+    """Give reserved tokens, which no text has, embeddings in directions of their own.
+
+    Training has pushed all of them the same way, and a guide would first have to find out that its codes differ.
+    """
+    table = model.get_input_embeddings().weight
+    for i in ids:
+        direction = torch.randn(table.shape[1])
+        table[i] = (direction * table.norm(dim=1).median() / direction.norm()).to(table)
 
 
 def _loaded(source: str, parameter: str) -> tuple[Any, Any]:

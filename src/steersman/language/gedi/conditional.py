@@ -43,30 +43,42 @@ class ClassConditional:
         return cls(guide, (*wanted, *in_front(own)))
 
 
-@dataclass(frozen=True)
-class BestOf:
-    """Of n texts the one that the guide takes to be most of the wanted class (best-of-n).
+class PosteriorScorer:
+    """P(c | text) of finished texts, by the guide.
 
     Args:
-        n: how many the base model samples.
-        steer: a :class:`GeDi`, of which the posterior of whole texts is used.
+        steer: a :class:`GeDi`.
         tokenizer: of the guide.
     """
 
-    n: int
-    steer: Any
-    tokenizer: Any
+    def __init__(self, steer: Any, tokenizer: Any) -> None:
+        self.steer, self.tokenizer = steer, tokenizer
+        self.tokens = 0
+        """Tokens that passed through the guide so far."""
 
-    @torch.no_grad()
-    def score(self, texts: Sequence[str]) -> np.ndarray:
-        """P(c | text) of each, (B,)."""
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """The posterior of each text, (B,)."""
         rows = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
         found = np.zeros(len(rows))
         for length in {len(row) for row in rows}:
             same = [i for i, row in enumerate(rows) if len(row) == length]
             ids = torch.tensor([rows[i] for i in same], dtype=torch.long).view(len(same), length)
             found[same] = self.steer.posterior(ids).double().cpu().numpy()
+            self.tokens += sum(length + len(code) for code in self.steer.codes) * len(same)
         return found
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Best-of-n: of n texts that the base model samples, the one that the guide takes to be most of the wanted class.
+
+    Args:
+        n: texts to choose from.
+        score: texts to numbers from 0 to 1.
+    """
+
+    n: int
+    score: PosteriorScorer
 
 
 def in_front(tokenizer: Any) -> list[int]:

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 
 from steersman.errors import InputError
 from steersman.language.gedi.codes import ControlCodes
-from steersman.language.gedi.conditional import BestOf, ClassConditional, in_front
+from steersman.language.gedi.conditional import BestOf, ClassConditional, PosteriorScorer, in_front
 from steersman.language.prefix import PrefixModel
 from steersman.language.vocabularies import fitted, same_vocabulary
 
@@ -232,7 +232,7 @@ class GeDi(LogitsProcessor):
             pad_token_id=pad_token_id,
             prompt_length=prompt_length,
         )
-        return BestOf(int(count), steer, own) if count else steer  # type: ignore[return-value]
+        return BestOf(int(count), PosteriorScorer(steer, own)) if count else steer  # type: ignore[return-value]
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,13 +33,22 @@ class PearlRecord(SpeculationRecord):
     """What a run did: see :class:`~steersman.language.speculation.SpeculationRecord`.
 
     Args:
+        passed, rejected: drafted tokens that were verified and accepted, and those that were rejected.
         gammas: the block length of each round.
         t_draft, t_target: median seconds of a draft step and of a target's forward (0: not measured).
     """
 
+    passed: int = 0
+    rejected: int = 0
     gammas: list[int] = field(default_factory=list)
     t_draft: float = 0.0
     t_target: float = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of accepted tokens among the drafted ones that were verified."""
+        checked = self.passed + self.rejected
+        return self.passed / checked if checked else math.nan
 
 
 class Gamma:
@@ -247,6 +257,8 @@ class PEARL:
                 block.time(work)
                 verdict = self._judge(engine, rounds, work, scored, chances, length, stopping_criteria)
             verdict = engine.agree(verdict)
+            record.passed += verdict.accepted
+            record.rejected += verdict.accepted < len(rounds.check(work.written, scored))
             new = rounds.advance(work.written, verdict.accepted, verdict.token, scored)[: verdict.kept]
             chances = chances[len(chances) - len(rounds.rest) :]
             engine.commit(length, new, rounds.rest)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steersman.errors import InputError
-from steersman.language.q_star.preferences import read_rows
 from steersman.language.q_star.rewards import TokenRewards, load, positive, token_rewards
 from steersman.language.q_star.training import RECORD, fingerprint
+from steersman.language.texts import opening_of, read_rows
 from steersman.language.vocabularies import same_vocabulary
 
 UNITS = {"word": r"\w+|[^\w\s]+", "sentence": r"[^.!?\n]+[.!?]*|[.!?]+"}
@@ -234,7 +234,7 @@ def probe(
 def _answers(rows: Sequence[dict[str, Any]], tokenizer: Any, path: Path) -> list[tuple[str, str, str]]:
     """(role, prompt, answer) of each row; a pair gives two."""
     found: list[tuple[str, str, str]] = []
-    opened = bool(tokenizer("", verbose=False)["input_ids"])
+    opened = bool(opening_of(tokenizer))
     for number, row in enumerate(rows, 1):
         given = {name: row[name] for name in ("prompt", "completion", "chosen", "rejected", "text") if row.get(name)}
         if not all(isinstance(value, str) for value in given.values()):
@@ -249,6 +249,4 @@ def _answers(rows: Sequence[dict[str, Any]], tokenizer: Any, path: Path) -> list
             allowed = "rows with prompt and completion, or prompt, chosen and rejected"
             allowed += ", or text" if opened else " (texts alone need a tokenizer that opens them with a token)"
             raise InputError("input", str(path), f"{allowed} (row {number} isn't one)")
-    if not found:
-        raise InputError("input", str(path), "a file with at least one answer")
     return found

@@ -173,9 +173,15 @@ def _with_adapter(policy: Any, name: str) -> Iterator[Any]:
 
 @torch.no_grad()
 def sampled(
-    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, tokenizer: Any, seed: int, batch_size: int = 64
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    tokenizer: Any,
+    seed: int,
+    batch_size: int = 64,
+    temperature: float = 1.0,
 ) -> list[list[int]]:
-    """An answer of the model's own law to each prompt, up to and with the end-of-sequence token."""
+    """An answer of the model's own law (at temperature 1) to each prompt, up to and with the end-of-sequence token."""
     end = tokenizer.eos_token_id
     pad = next((t for t in (tokenizer.pad_token_id, end, tokenizer.bos_token_id) if t is not None), 0)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -199,7 +205,7 @@ def sampled(
                 do_sample=True,
                 top_k=0,
                 top_p=1.0,
-                temperature=1.0,
+                temperature=temperature,
                 max_new_tokens=new_tokens,
                 eos_token_id=end,
                 pad_token_id=pad,

@@ -6,8 +6,6 @@ and so on, as long as the scores differ. Each answer is in one pair at most.
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +16,9 @@ import torch
 
 from steersman.errors import InputError
 from steersman.language.q_star.monitoring import sampled
+from steersman.language.texts import opening_of, read_rows
 
-Scorer = Callable[[Sequence[str]], Any]
+Scorer = Callable[[list[str]], Any]
 BATCH = 256  # answers that are written together
 
 
@@ -33,32 +32,6 @@ class Pair:
 
     def to_json(self) -> dict[str, str]:
         return asdict(self)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .csv file.
-
-    Raises:
-        InputError: no such file, or a line of another form.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("input", str(path), f"a .jsonl or .csv file that can be read ({error})") from None
-    if path.suffix.lower() == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError("input", str(path), f"a file of JSON lines (line {number}: {error})") from None
-        if not isinstance(row, dict):
-            raise InputError("input", str(path), f"a file of JSON objects (line {number} is none)")
-        rows.append(row)
-    return rows
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -101,7 +74,7 @@ def beginnings(
     if not texts:
         raise InputError("input", str(path), "rows with prompt, chosen and rejected, or with text, or prompt")
     rng = random.Random(seed)
-    opening = len(tokenizer("", verbose=False)["input_ids"])
+    opening = len(opening_of(tokenizer))
     while True:
         rng.shuffle(texts)
         there = False
@@ -130,6 +103,7 @@ def sampled_pairs(
     *,
     samples: int = 4,
     new_tokens: int = 64,
+    temperature: float = 1.0,
     seed: int = 0,
     keep: Callable[[Pair], bool] = lambda pair: True,
     log: Callable[[str], None] = lambda line: None,
@@ -144,6 +118,7 @@ def sampled_pairs(
         count: how many.
         samples: answers to a prompt.
         new_tokens: length of the longest answer.
+        temperature: of the answers.
         seed: of the answers.
         keep: which pairs may be used.
         log: gets a line now and then.
@@ -157,7 +132,7 @@ def sampled_pairs(
     while len(found) < count:
         asked = [next(prompts) for _ in range(batch)]
         rows = [row for row in asked for _ in range(samples)]
-        answers = sampled(model, rows, new_tokens, tokenizer, seed + written, batch_size=BATCH)
+        answers = sampled(model, rows, new_tokens, tokenizer, seed + written, BATCH, temperature)
         texts = [answer_text(tokenizer, row, answer) for row, answer in zip(rows, answers, strict=True)]
         known = [i for i, text in enumerate(texts) if text is not None]
         whole = [text[0] + text[1] for text in texts if text is not None]

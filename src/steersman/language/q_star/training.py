@@ -15,22 +15,21 @@ import json
 import math
 import random
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PrinterCallback
 
 from steersman import quiet
 from steersman.errors import InputError
 from steersman.language.q_star.monitoring import Drift, RewardDriftCallback
-from steersman.language.q_star.preferences import Pair, as_pairs, beginnings, read_rows, sampled_pairs
+from steersman.language.q_star.preferences import Pair, as_pairs, beginnings, sampled_pairs
 from steersman.language.q_star.rewards import load, positive, tokenized
+from steersman.language.texts import read_rows
+from steersman.language.training import Told, on_its_own
 
 RECORD = "q_star.json"
 
@@ -49,6 +48,7 @@ def apply(
     samples: int = 4,
     prompt_tokens: int = 12,
     new_tokens: int = 64,
+    temperature: float = 1.0,
     epochs: float = 1.0,
     batch_size: int = 32,
     learning_rate: float = 5e-4,
@@ -72,6 +72,7 @@ def apply(
         samples: answers to a prompt, where pairs are made.
         prompt_tokens: tokens of the longest beginning, where pairs are made.
         new_tokens: tokens of the longest answer, where pairs are made.
+        temperature: of the answers, where pairs are made.
         epochs: over the pairs.
         batch_size: pairs of an optimizer step.
         learning_rate: the largest; 5e-7 is usual for models of billions.
@@ -88,6 +89,7 @@ def apply(
     positive("beta", beta)
     positive("epochs", epochs)
     positive("learning_rate", learning_rate)
+    positive("temperature", temperature)
     least = {
         "pairs": (pairs, 1),
         "samples": (samples, 2),
@@ -115,7 +117,16 @@ def apply(
         assert scorer is not None
         prompts = beginnings(rows, tokenizer, prompt_tokens, seed, input)
         found = sampled_pairs(
-            model, tokenizer, prompts, scorer, wanted, samples=samples, new_tokens=new_tokens, seed=seed, log=log
+            model,
+            tokenizer,
+            prompts,
+            scorer,
+            wanted,
+            samples=samples,
+            new_tokens=new_tokens,
+            temperature=temperature,
+            seed=seed,
+            log=log,
         )
     else:
         found = as_pairs(rows, input)
@@ -213,7 +224,7 @@ def preference_training(
         from peft import LoraConfig
 
         lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with _quietly(), tempfile.TemporaryDirectory(prefix="steersman-dpo-") as temporary:
+    with on_its_own(), tempfile.TemporaryDirectory(prefix="steersman-dpo-") as temporary:
         trainer = DPOTrainer(
             policy,
             None if lora_rank else reference,
@@ -224,6 +235,7 @@ def preference_training(
             peft_config=lora,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Told(log))
         watch = None
         if held_out:
             watch = RewardDriftCallback(trainer, pairs=len(held_out), new_tokens=new_tokens, seed=seed)
@@ -235,7 +247,6 @@ def preference_training(
         trained = _plain(trained.merge_and_unload() if lora_rank else trained, model)
         _plain(reference, model)
     tail = losses[-max(1, len(losses) // 10) :]
-    log(f"{steps} steps, loss {sum(tail) / len(tail):.4g}")
     return Trained(trained.eval(), reference.eval(), watch.history if watch else [], steps, sum(tail) / len(tail))
 
 
@@ -255,7 +266,7 @@ def supervised_training(
 
     kept = model
     model = copy.deepcopy(model)
-    with _quietly(), tempfile.TemporaryDirectory(prefix="steersman-sft-") as temporary:
+    with on_its_own(), tempfile.TemporaryDirectory(prefix="steersman-sft-") as temporary:
         trainer = SFTTrainer(
             model,
             _arguments("SFTConfig", temporary, epochs, batch_size, learning_rate, seed, max_length=None),
@@ -263,9 +274,8 @@ def supervised_training(
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Told(log))
         trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        log(f"supervised: {trainer.state.global_step} steps, loss {losses[-1]:.4g}")
         return _plain(trainer.model, kept).eval()
 
 
@@ -309,29 +319,3 @@ def _plain(model: Any, like: Any) -> Any:
     model.generation_config = copy.deepcopy(like.generation_config)
     model.config.use_cache = like.config.use_cache
     return model
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """A training that prints nothing and leaves the global random states as they were."""
-    import datasets
-    from transformers.utils import logging
-
-    states = random.getstate(), np.random.get_state()
-    bars, level = datasets.is_progress_bar_enabled(), logging.get_verbosity()
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    try:
-        with (
-            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-            warnings.catch_warnings(),
-            quiet.loading(),
-        ):
-            warnings.simplefilter("ignore", FutureWarning)  # the trainers' own use of names that will go
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
-        random.setstate(states[0])
-        np.random.set_state(states[1])

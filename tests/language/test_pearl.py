@@ -16,16 +16,21 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LogitsProcessorList,
+    PreTrainedTokenizerFast,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.generation.streamers import BaseStreamer
 
+from steersman import catalog
 from steersman.cluster.launch import launch
 from steersman.errors import InputError, TrialError
 from steersman.language import MomentumDecoding
@@ -324,12 +329,12 @@ def test_the_same_model_accepts_all_and_a_disjoint_one_nothing() -> None:
     loop = PEARL(tabular(law), 4)
     ids = torch.tensor([[1]])
     generate(tabular(law), ids, 41, do_sample=True, top_k=0, custom_generate=loop)
-    assert loop.record.accepted == [1, *[4] * 10]
+    assert loop.record.accepted == [1, *[4] * 10] and loop.record.acceptance == 1
     evens, odds = (torch.full((4, 4), -torch.inf) for _ in range(2))
     evens[:, ::2], odds[:, 1::2] = 0.0, 0.0
     loop = PEARL(tabular(odds), 4)
     text = generate(tabular(evens), torch.tensor([[0]]), 20, do_sample=True, top_k=0, custom_generate=loop)
-    assert loop.record.accepted == [1] * 20 and set(text[0].tolist()) <= {0, 2}
+    assert loop.record.accepted == [1] * 20 and loop.record.acceptance == 0 and set(text[0].tolist()) <= {0, 2}
 
 
 def test_warpers_and_processors_hold_for_both_models() -> None:
@@ -597,3 +602,21 @@ def test_a_rank_that_fails_hangs_or_dies_ends_both(ranks: list[dict[str, Any]]) 
     for found in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(found["pid"], 0)
+
+
+def test_the_card_s_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """On saved folders, which come back as they were."""
+    monkeypatch.chdir(tmp_path)
+    words = {"<pad>": 0, "<eos>": 1} | {word: i for i, word in enumerate(["The", "file", "object", "that", "is"], 2)}
+    tokenizer = Tokenizer(WordLevel(words | {f"w{i}": i for i in range(7, VOCABULARY)}, unk_token="w7"))
+    tokenizer.pre_tokenizer = Whitespace()
+    for folder, seed in (("my-language-model", 1), ("my-smaller-model", 2)):
+        tiny("llama", seed).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(
+            folder
+        )
+    found: dict[str, Any] = {}
+    exec(catalog.card("pearl").text.partition("## Use\n")[2].partition("```python\n")[2].partition("```")[0], found)
+    expected = generate(tiny("llama", 1), found["inputs"]["input_ids"], 64)
+    assert torch.equal(found["ids"], expected)
+    assert "tokens by target call, blocks of" in capsys.readouterr().out

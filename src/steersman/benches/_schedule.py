@@ -14,13 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steersman import catalog
 from steersman.benches._latency import Latency, independent_pair
-from steersman.engine.bench import Figure, Knob, PartInfo
+from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.errors import Inapplicable, InputError
@@ -47,7 +47,7 @@ class Schedule:
     """Problem: PEARL with gamma tokens a block on a pair of independent laws; see the module's text."""
 
     id = "schedule"
-    shape: Literal["Problem"] = "Problem"
+    shape: Shape = "Problem"
     default_subject = "docs/tiny"  # not used: the models are made for the acceptance that is asked for
     headline = ("yield_ratio", "simulated_ms_per_token")
     knobs: Mapping[str, Knob] = {

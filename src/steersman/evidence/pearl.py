@@ -11,7 +11,8 @@ was fastest on the other prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +31,8 @@ SD = tuple(f"pearl:gamma={g}:variant=sd" for g in LENGTHS)
 SD_HERE = tuple(f"pearl:gamma={g}:variant=sd" for g in (1, 2, 4))
 ASSISTED = ("assisted", "assisted:schedule=heuristic")
 RANKS = "pearl:engine=distributed"
-JUDGED = {"latency": "5:20", "draft": "docs/tiny", "temperature": 0.0}
-HERE = {"draft": "docs/tiny", "temperature": 0.0}
+JUDGED: Mapping[str, Any] = {"latency": "5:20", "draft": "docs/tiny", "temperature": 0.0}
+HERE: Mapping[str, Any] = {"draft": "docs/tiny", "temperature": 0.0}
 SIMULATED, REAL = "simulated_ms_per_token", "ms_per_token"
 
 
@@ -68,7 +69,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     }
 
 
-def own_best(comparison: Comparison, figure: str, labels: Sequence[str], **setting: object) -> np.ndarray:
+def own_best(comparison: Comparison, figure: str, labels: Sequence[str], **setting: Any) -> np.ndarray:
     """By prompt, the figure of the contender that is best on the mean of the other prompts."""
     columns = np.array([comparison.paired_items(figure, label, labels[0], **setting)[0] for label in labels])
     others = (columns.sum(1, keepdims=True) - columns) / (columns.shape[1] - 1)
@@ -76,7 +77,7 @@ def own_best(comparison: Comparison, figure: str, labels: Sequence[str], **setti
 
 
 def times_faster(
-    ours: Sequence[str], rivals: Sequence[str], figure: str = SIMULATED, **setting: object
+    ours: Sequence[str], rivals: Sequence[str], setting: Mapping[str, Any] = JUDGED, figure: str = SIMULATED
 ) -> Callable[[Comparison], Effects]:
     """By prompt: the rivals' time for a token as a multiple of ours, each at its own best."""
 
@@ -146,7 +147,7 @@ CLAIMS = [
         "Simulated devices, c = 4: a token takes speculative decoding longer, each at its own best block length.",
         "abstract (1.50 times vanilla speculative decoding)",
         "devices",
-        times_faster(FULL, SD, **JUDGED),
+        times_faster(FULL, SD),
         margin=1.0,
         unit="item",
     ),
@@ -155,7 +156,7 @@ CLAIMS = [
         "Simulated devices, c = 4: a token takes the target alone longer.",
         "abstract (up to 4.43 times)",
         "devices",
-        times_faster(FULL, (ALONE,), **JUDGED),
+        times_faster(FULL, (ALONE,)),
         margin=1.0,
         unit="item",
     ),
@@ -164,7 +165,7 @@ CLAIMS = [
         "Simulated devices, c = 4: it takes at most 0.75 of the time of transformers' assisted generation.",
         "not in the paper",
         "devices",
-        times_faster(FULL, ASSISTED, **JUDGED),
+        times_faster(FULL, ASSISTED),
         margin=1 / 0.75,
         unit="item",
     ),
@@ -173,7 +174,7 @@ CLAIMS = [
         "Simulated devices, c = 4: without pre-verify (done losslessly) a token takes longer.",
         "section 5 (ablation)",
         "devices",
-        times_faster(FULL, NO_PRE, **JUDGED),
+        times_faster(FULL, NO_PRE),
         margin=1.0,
         unit="item",
     ),
@@ -182,7 +183,7 @@ CLAIMS = [
         "Simulated devices, c = 4: without post-verify a token takes longer.",
         "section 5 (ablation)",
         "devices",
-        times_faster(FULL, NO_POST, **JUDGED),
+        times_faster(FULL, NO_POST),
         margin=1.0,
         unit="item",
     ),
@@ -191,7 +192,7 @@ CLAIMS = [
         "Simulated devices, c = 4: blocks of c tokens take at most 1/0.95 of the time of the better of 2 and 6.",
         "section 4 (gamma = c)",
         "devices",
-        times_faster((FULL[1],), (FULL[0], FULL[2]), **JUDGED),
+        times_faster((FULL[1],), (FULL[0], FULL[2])),
         margin=0.95,
         unit="item",
     ),
@@ -200,7 +201,7 @@ CLAIMS = [
         "Simulated devices, c = 4: the measured block length takes at most 1/0.9 of the time of the best given one.",
         "not in the paper",
         "devices",
-        times_faster((AUTO,), FULL, **JUDGED),
+        times_faster((AUTO,), FULL),
         margin=0.9,
         unit="item",
     ),
@@ -209,7 +210,7 @@ CLAIMS = [
         "Two processes with a thread each, real times: a token takes speculative decoding with both threads longer.",
         "not in the paper",
         "both threads",
-        times_faster((RANKS,), SD_HERE, REAL, **HERE),
+        times_faster((RANKS,), SD_HERE, HERE, REAL),
         margin=1.0,
         unit="item",
     ),
@@ -218,7 +219,7 @@ CLAIMS = [
         "Two processes with a thread each, real times: a token takes speculative decoding with one thread longer.",
         "not in the paper",
         "a thread each",
-        times_faster((RANKS,), SD_HERE, REAL, **HERE),
+        times_faster((RANKS,), SD_HERE, HERE, REAL),
         margin=1.0,
         unit="item",
     ),
@@ -227,7 +228,7 @@ CLAIMS = [
         "Two processes with a thread each, real times: a token takes the target alone with both threads longer.",
         "not in the paper",
         "both threads",
-        times_faster((RANKS,), (ALONE,), REAL, **HERE),
+        times_faster((RANKS,), (ALONE,), HERE, REAL),
         margin=1.0,
         unit="item",
     ),

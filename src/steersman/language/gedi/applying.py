@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
 
 from steersman import quiet
 from steersman.callables import CODE, load_callable
 from steersman.errors import InputError, nearest
 from steersman.language.gedi.codes import ControlCodes, parted
 from steersman.language.gedi.training import GeDiTrainer, save_guide, tokenized
+from steersman.language.texts import read_rows
+from steersman.language.training import Told, on_its_own
 from steersman.language.vocabularies import same_vocabulary
 
 TEXT = ("text", "sentence", "comment_text", "content", "review", "description")
@@ -110,11 +111,10 @@ def apply(
     if held_out is not None and not keywords:
         raise InputError("held_out", held_out, "used with codes=keyword: a value's own code isn't there without texts")
 
-    torch.manual_seed(seed)
     model, tokenizer = _start(subject, guide, layers)
     names = [name.strip() for name in code_tokens.split(",")] if code_tokens else []
     chosen = ControlCodes.choose(tokenizer, column, values, wanted, keywords, names)
-    _told_apart(model, [i for i in chosen.ids if i in tokenizer.all_special_ids])
+    _told_apart(model, [i for i in chosen.ids if i in tokenizer.all_special_ids], seed)
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(1, *(len(chosen.words(v, tokenizer)) + 1 for v in values)) if keywords else 1
     length = min(length, (limit or math.inf) - longest)  # type: ignore[assignment]
@@ -124,7 +124,7 @@ def apply(
     size = sum(p.numel() for p in model.parameters())
     rate = learning_rate or PUBLISHED_RATE * max(1.0, PUBLISHED_SIZE / size) ** 0.75
     log(f"{size} parameters, {len(training)} texts of {', '.join(values)}")
-    with tempfile.TemporaryDirectory(prefix="steersman-gedi-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="steersman-gedi-") as scratch, on_its_own(seed):
         args = TrainingArguments(
             output_dir=scratch,
             per_device_train_batch_size=batch_size,
@@ -138,7 +138,7 @@ def apply(
             disable_tqdm=True,
             report_to="none",
             save_strategy="no",
-            logging_strategy="no",
+            logging_steps=0.1,
             dataloader_pin_memory=False,
         )
         trainer = GeDiTrainer(
@@ -151,13 +151,13 @@ def apply(
             gen_weight=gen_weight,
             learn_scale=learn_scale,
             learn_bias=learn_bias,
-            callbacks=[_Told(log)],
+            callbacks=[Told(log)],
         )
-        with quiet.loading():
-            trainer.train()
-            measured = trainer.evaluate()
-    guide_, learned = trainer.classifier.guide.eval(), trainer.learned_codes()
-    save_guide(guide_, tokenizer, learned, out)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        measured = trainer.evaluate()
+        learned = trainer.learned_codes()
+        save_guide(trainer.classifier.guide, tokenizer, learned, out)
     return {
         "codes": "keyword" if keywords else "values",
         "values": values,
@@ -181,18 +181,7 @@ def read_labelled(path: Path, column: str, text_column: str | None = None) -> tu
     Raises:
         InputError: a file of another form, or without the columns.
     """
-    path = Path(path)
-    rows: list[Mapping[str, Any]]
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
-        raise InputError("input", str(path), f"a .jsonl, .csv or .tsv file that can be read ({error})") from None
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise InputError("input", str(path), "a file with rows of named columns")
+    path, rows = Path(path), read_rows(path)
     names = {str(name).lower(): name for name in rows[0]}
     if column.lower() not in names:
         raise InputError("attribute", column, f"a column of {path.name}, {nearest(column, map(str, rows[0]))}")
@@ -215,17 +204,6 @@ def read_labelled(path: Path, column: str, text_column: str | None = None) -> tu
             "input", str(path), f"texts of at least two values of {column!r} (all are {', '.join(set(values))})"
         )
     return texts, values
-
-
-class _Told(TrainerCallback):
-    """A line for each tenth of the training."""
-
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self.log = log
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % max(state.max_steps // 10, 1) == 0:
-            self.log(f"step {state.global_step}/{state.max_steps}")
 
 
 def _divided(data: list[dict[str, Any]], classes: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -260,14 +238,14 @@ def _start(subject: str | Path, guide: str | None, layers: int | None) -> tuple[
 
 
 @torch.no_grad()
-def _told_apart(model: Any, ids: list[int]) -> None:
+def _told_apart(model: Any, ids: list[int], seed: int) -> None:
     """Give reserved tokens, which no text has, embeddings in directions of their own.
 
     Training has pushed all of them the same way, and a guide would first have to find out that its codes differ.
     """
-    table = model.get_input_embeddings().weight
+    table, generator = model.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
     for i in ids:
-        direction = torch.randn(table.shape[1])
+        direction = torch.randn(table.shape[1], generator=generator)
         table[i] = (direction * table.norm(dim=1).median() / direction.norm()).to(table)
 
 

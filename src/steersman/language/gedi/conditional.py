@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from steersman.language.gedi.codes import ControlCodes
+from steersman.language.texts import opening_of
 from steersman.language.vocabularies import same_vocabulary
 
 
@@ -40,7 +41,7 @@ class ClassConditional:
         if tokenizer is not None:
             same_vocabulary(tokenizer, own, "guide", str(folder))
         wanted, _, _ = codes.contrast(attribute, None, own)
-        return cls(guide, (*wanted, *in_front(own)))
+        return cls(guide, (*wanted, *opening_of(own)))
 
 
 class PosteriorScorer:
@@ -79,9 +80,3 @@ class BestOf:
 
     n: int
     score: PosteriorScorer
-
-
-def in_front(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of every text: the beginning-of-sequence token, or nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

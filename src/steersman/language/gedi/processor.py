@@ -14,8 +14,9 @@ from transformers import LogitsProcessor
 
 from steersman.errors import InputError
 from steersman.language.gedi.codes import ControlCodes
-from steersman.language.gedi.conditional import BestOf, ClassConditional, PosteriorScorer, in_front
+from steersman.language.gedi.conditional import BestOf, ClassConditional, PosteriorScorer
 from steersman.language.prefix import PrefixModel
+from steersman.language.texts import opening_of
 from steersman.language.vocabularies import fitted, same_vocabulary
 
 REMOVED = 10_000.0
@@ -214,7 +215,7 @@ class GeDi(LogitsProcessor):
             same_vocabulary(tokenizer, own, "guide", str(folder))
         wanted, others, bias = codes.contrast(attribute, undesired, own)
         if mode == "conditional":
-            return ClassConditional(guide, (*wanted, *in_front(own)))  # type: ignore[return-value]
+            return ClassConditional(guide, (*wanted, *opening_of(own)))  # type: ignore[return-value]
         count = mode.removeprefix("best-of-") if mode.startswith("best-of-") else ""
         if mode != "guided" and not (count.isdecimal() and int(count) > 1):
             raise InputError("mode", mode, "guided, conditional, or best-of-4 (or another number of at least 2)")

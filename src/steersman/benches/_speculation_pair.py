@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,19 +21,21 @@ from transformers import DynamicCache
 from steersman.language.multi_draft import (
     VERIFIERS,
     Contexts,
-    Plan,
     acceptance,
     contexts,
     optimal_acceptance,
     recommend,
 )
+from steersman.language.pearl import expected_tokens
 
 RUN = 32  # tokens of a text that gives contexts
 ROWS = 16  # laws at once
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens of the forwards that are timed
 TURNS = 5  # forwards of each size
-PLANNED = ("single", "rrs", "k-seq", "greedy")  # verifiers that are planned with
+PLANNED = ("single", "rrs", "rrsw", "k-seq", "greedy")  # verifiers that are planned with
 MOST_DRAFTS = 4
+MOST_GAMMA = 16
+PLACES = 16  # contexts that plans look at
 
 
 def laws(
@@ -97,8 +99,6 @@ def table(found: Contexts, n: int) -> list[dict[str, Any]]:
     for verifier, sampler in VERIFIERS.items():
         if (verifier == "single") != (n == 1) or verifier == "ot-lp" or (verifier == "spechub" and n != 2):
             continue
-        if verifier == "rrsw" and n > 2:
-            continue
         if sampler not in bounds:
             bounds[sampler] = float(bound(found, n, sampler).mean())
         mean = float(accepted(found, n, verifier).mean())
@@ -128,13 +128,49 @@ def forward_ms(model: Any, prompt: Sequence[int], positions: float) -> dict[int,
     return times
 
 
-def plans(found: Contexts, target_ms: dict[int, float], draft_ms: dict[int, float]) -> list[Plan]:
-    """Trees of drafts and plain generation, the one that ought to be fastest first."""
+Times = Mapping[int, float]
+
+
+def plans(found: Contexts, target_ms: Times, draft_ms: Times, *, parallel: bool) -> list[dict[str, Any]]:
+    r"""Settings and what their forwards ought to take: plain generation, trees of drafts, and PEARL.
+
+    For PEARL with blocks of g tokens that is :math:`\max(g\, t_{draft}, t_{target}(g)) / R(a, g)`, with a the
+    acceptance of one draft and R the expected tokens of a round.
+
+    Args:
+        target_ms, draft_ms: milliseconds of a forward by its tokens.
+        parallel: whether the models are on devices of their own, so that PEARL is planned, too.
+
+    Returns:
+        list: of ``line`` (of code), ``method`` (an id), ``tokens_per_round`` and ``ms_per_token``.
+    """
+    step = max(1, len(found.p) // PLACES)
+    thin = Contexts(*(x[::step] for x in (found.p, found.q, found.ranking, found.prompt)))
     most = min(MOST_DRAFTS, found.p.shape[1])
     rates = {
-        verifier: [
-            float(accepted(found, n, verifier).mean()) for n in range(1, 2 if verifier == "single" else most + 1)
-        ]
+        verifier: [float(accepted(thin, n, verifier).mean()) for n in range(1, 2 if verifier == "single" else most + 1)]
         for verifier in PLANNED
     }
-    return recommend(rates, target_ms, draft_ms)
+    records = [
+        {
+            "line": plan.line,
+            "method": "multi-draft" if plan.n_drafts else "autoregressive",
+            "tokens_per_round": plan.tokens_per_call,
+            "ms_per_token": plan.ms_per_token,
+        }
+        for plan in recommend(rates, target_ms, draft_ms)
+        if plan.n_drafts != 1 or plan.verifier == "single"
+    ]
+    sizes = sorted(target_ms)
+    for gamma in range(1, MOST_GAMMA + 1) if parallel else ():
+        checked = float(np.interp(gamma, sizes, [target_ms[size] for size in sizes]))
+        added = expected_tokens(rates["single"][0], gamma)
+        records.append(
+            {
+                "line": f"model.generate(**inputs, custom_generate=PEARL(draft_model, gamma={gamma}))",
+                "method": "pearl",
+                "tokens_per_round": added,
+                "ms_per_token": max(gamma * draft_ms[1], checked) / added,
+            }
+        )
+    return records

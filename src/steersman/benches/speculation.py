@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -33,21 +33,22 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from steersman import catalog
+from steersman.benches import _pearl_ranks
 from steersman.benches import _speculation_pair as pairs
 from steersman.benches._language import Host, LanguageBench, Prompt, Subject, load
 from steersman.benches._latency import Latency
-from steersman.benches._speculation_exhibits import exhibits
+from steersman.benches._speculation_exhibits import CHOICES, exhibits
 from steersman.engine.bench import Figure, Knob, PartInfo
 from steersman.engine.contenders import parse
 from steersman.engine.streams import Streams
-from steersman.errors import InputError, TrialError
+from steersman.errors import Inapplicable, InputError, TrialError
 from steersman.language.speculation import check_pair
 from steersman.language.vocabularies import same_vocabulary
 
 if TYPE_CHECKING:
     from steersman.engine.bench import Row, Setting, TrialLog
     from steersman.engine.comparison import Comparison
-    from steersman.language.multi_draft import Contexts, Plan
+    from steersman.language.multi_draft import Contexts
     from steersman.report.blocks import Block
 
 DRAFTS = {"docs/base": "docs/tiny", "docs/small": "docs/tiny"}  # of reference subjects, where none is named
@@ -62,7 +63,6 @@ CONTENDERS = (
 )
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 WARM_UP = 8  # tokens before the clock runs
-PLANS = 5  # settings of a tree that are kept as the likely best
 T = TypeVar("T")
 
 
@@ -144,14 +144,16 @@ class Pairing(Host):
 
 @dataclass(frozen=True)
 class Text:
-    """One text: its tokens, its seconds, tokens in each forward of the target and of the draft, and how many tokens
-    each round added."""
+    """One text: its tokens, its seconds, tokens in each forward of the target and of the draft, how many tokens each
+    round added, PEARL's block lengths, and seconds in forwards (None where models run at once)."""
 
     ids: list[int]
     seconds: float
     target: list[int]
     draft: list[int]
     rounds: list[int]
+    gammas: list[int]
+    forward_s: float | None = None
 
 
 class SpeculationBench(LanguageBench):
@@ -181,7 +183,7 @@ class SpeculationBench(LanguageBench):
         "threads": Knob(int, None, "threads of the processor, the same in total for all", low=1, sweep=False),
         "contexts": Knob(
             int,
-            128,
+            64,
             "places at which acceptance and its bound are computed (0: nowhere)",
             low=0,
             high=100_000,
@@ -206,6 +208,7 @@ class SpeculationBench(LanguageBench):
         "draft_calls": Figure("calls/token", "lower", "cost", "forwards of the draft by written token"),
         "ms_per_token": Figure("ms", "lower", "cost", "wall time by written token"),
         "simulated_ms_per_token": Figure("ms", "lower", "cost", "the same where every forward takes a given time"),
+        "overhead_ms": Figure("ms", "lower", "info", "of the wall time of a written token, what forwards did not take"),
         "tokens_per_round": Figure(
             "tokens", "higher", "info", "tokens that a round added: drafts kept, and the target's own"
         ),
@@ -253,24 +256,19 @@ class SpeculationBench(LanguageBench):
 
     def trial(self, h: Pairing, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         self.fit(h, rng, log)
-        s, d, new = h.subject, h.draft, setting["new_tokens"]
+        s, new = h.subject, setting["new_tokens"]
         loop = self.loop(h)
         expected = self.greedy(h, rng) if setting["temperature"] == 0 else None
-        texts: list[Text] = []
-        with (
-            _threads(setting["threads"], getattr(loop, "models_at_once", 1)),
-            _simulated(d, s, setting["latency"]) as devices,
-        ):
-            self.write(h, loop, h.prompts[0], min(WARM_UP, new), 0)
-            for number, prompt in enumerate(h.prompts):
-                log.progress(number, len(h.prompts), f"{number} of {len(h.prompts)} prompts")
-                text = self.write(h, loop, prompt, new, rng.seed("sampling", number))
-                if len(text.ids) != new:
-                    raise TrialError(f"a text has {len(text.ids)} tokens where {new} were asked for")
-                texts.append(text)
+        if getattr(loop, "engine", None) == "distributed":
+            texts, late = self.on_ranks(h, rng, log)
+        else:
+            texts, late = self.here(h, loop, rng, log)
+        for text in texts:
+            if len(text.ids) != new:
+                raise TrialError(f"a text has {len(text.ids)} tokens where {new} were asked for")
         written = sum(len(text.ids) for text in texts)
         seconds = np.array([text.seconds for text in texts])
-        kind = "simulated_" if devices else ""
+        kind = "" if late is None else "simulated_"
         added = [size for text in texts for size in text.rounds]
         figures = {
             f"{kind}tokens_per_s": written / seconds.sum(),
@@ -284,20 +282,25 @@ class SpeculationBench(LanguageBench):
         log.per_item(f"{kind}ms_per_token", (1e3 * seconds / new).tolist())
         log.per_item("tokens_per_target_call", [new / len(text.target) for text in texts])
         log.per_item("tokens_per_round", [float(np.mean(text.rounds)) for text in texts])
-        if devices:
-            figures["late"] = sum(device.late for device in devices) / sum(device.calls for device in devices)
-        gammas = getattr(getattr(loop, "record", None), "gammas", None)
+        if late is not None:
+            figures["late"] = late
+        inside = [text.forward_s for text in texts if text.forward_s is not None]
+        if len(inside) == len(texts):
+            figures["overhead_ms"] = 1e3 * (seconds.sum() - sum(inside)) / written
+        gammas = [gamma for text in texts for gamma in text.gammas]
         if gammas:
             figures["gamma"] = float(np.median(gammas))
         if expected is not None:
             equal = [float(text.ids == ids) for text, ids in zip(texts, expected, strict=True)]
             figures["equal_text"] = float(np.mean(equal))
             log.per_item("equal_text", equal)
+        if loop is not None:
+            log.texts("choices", [{name: getattr(loop, name) for name in CHOICES if hasattr(loop, name)}])
         log.arrays("rounds", added=np.array(added))
         log.texts("texts", [_record(s, prompt, text) for prompt, text in zip(h.prompts, texts, strict=True)])
         if setting["contexts"] and (h.assistant is not None or loop is not None):
             figures |= self.acceptance(h, loop, rng, log)
-            log.texts("plans", [{**asdict(plan), "line": plan.line} for plan in self.plans(h, rng)[:PLANS]])
+            log.texts("plans", self.plans(h, rng))
         return figures
 
     def exhibits(self, comparison: Comparison) -> list[Block]:
@@ -322,19 +325,18 @@ class SpeculationBench(LanguageBench):
         log.texts("acceptance", self.once(h, rng, ("table", n), lambda: pairs.table(found, n)))
         return {name: float(rows.mean()) for name, rows in values.items()}
 
-    def plans(self, h: Pairing, rng: Streams) -> list[Plan]:
-        """Trees of drafts that ought to be fastest, from the pair's acceptance and forward times at this setting."""
+    def plans(self, h: Pairing, rng: Streams) -> list[dict[str, Any]]:
+        """What forwards ought to take under each setting of a loop, from the pair's acceptance and forward times."""
 
-        def make() -> list[Plan]:
-            s, d = h.subject, h.draft
-            prompt, positions = h.prompts[0].ids, min(s.positions, d.positions)
-            with _threads(h.setting["threads"]), _simulated(d, s, h.setting["latency"]):
-                times = [pairs.forward_ms(model, prompt, positions) for model in (s.model, d.model)]
-            return pairs.plans(self.laws(h, rng), *times)
+        def make() -> list[dict[str, Any]]:
+            prompt, positions = h.prompts[0].ids, min(h.subject.positions, h.draft.positions)
+            with _threads(h.setting["threads"]), _simulated(h.draft, h.subject, h.setting["latency"]):
+                times = [pairs.forward_ms(s.model, prompt, positions) for s in (h.subject, h.draft)]
+            return pairs.plans(self.laws(h, rng), *times, parallel=latencies(h.setting["latency"]) is not None)
 
         return self.once(h, rng, ("plans", h.setting["latency"], h.setting["threads"]), make)
 
-    # --- one text ---------------------------------------------------------------------------------------------
+    # --- texts ---------------------------------------------------------------------------------------------
 
     def loop(self, h: Pairing) -> Any:
         """The trial's loop, or None; assisted generation's settings are made anew."""
@@ -343,6 +345,47 @@ class SpeculationBench(LanguageBench):
         if h.loop is None:
             return None
         return next(m for m in h.parts if m.part.id == h.loop).fresh(self.context(h, 1, padded=False))
+
+    def here(self, h: Pairing, loop: Any, rng: Streams, log: TrialLog) -> tuple[list[Text], float | None]:
+        """All texts in this process, and the share of simulated forwards that were late (None: they aren't simulated).
+
+        A loop that runs both models at once (``models_at_once``) has half of the threads for each.
+        """
+        setting, texts = h.setting, []
+        with (
+            _threads(setting["threads"], getattr(loop, "models_at_once", 1)),
+            _simulated(h.draft, h.subject, setting["latency"]) as devices,
+        ):
+            self.write(h, loop, h.prompts[0], min(WARM_UP, setting["new_tokens"]), 0)
+            for number, prompt in enumerate(h.prompts):
+                log.progress(number, len(h.prompts), f"{number} of {len(h.prompts)} prompts")
+                texts.append(self.write(h, loop, prompt, setting["new_tokens"], rng.seed("sampling", number)))
+        if not devices:
+            return texts, None
+        return texts, sum(device.late for device in devices) / sum(device.calls for device in devices)
+
+    def on_ranks(self, h: Pairing, rng: Streams, log: TrialLog) -> tuple[list[Text], float | None]:
+        """All texts in two processes, a model each, with half of the threads each."""
+        setting = h.setting
+        if any(m.part.id != h.loop for m in h.parts):
+            raise Inapplicable("stacked parts run with the engine threads only")
+        (mounted,) = h.parts
+        found = _pearl_ranks.write(
+            h.subject.spec,
+            h.draft.spec,
+            [prompt.ids for prompt in h.prompts],
+            [rng.seed("sampling", number) for number in range(len(h.prompts))],
+            setting["new_tokens"],
+            setting["temperature"],
+            setting["top_p"],
+            max(1, (setting["threads"] or torch.get_num_threads()) // 2),
+            latencies(setting["latency"]),
+            {name: value for name, value in mounted.knobs.items() if name != "engine"},
+            progress=log.progress,
+        )
+        names = ("ids", "seconds", "target", "draft", "rounds", "gammas")
+        late = sum(text["late"] for text in found) / max(1, sum(text["calls"] for text in found))
+        return [Text(*(text[name] for name in names)) for text in found], late if setting["latency"] else None
 
     def write(self, h: Pairing, loop: Any, prompt: Prompt, new: int, seed: int) -> Text:
         """One text under the contender; ``loop`` None and no assistant is plain generation."""
@@ -361,8 +404,8 @@ class SpeculationBench(LanguageBench):
         devices = [s.model.device] if s.model.device.type == "cuda" else []
         try:
             with (
-                _counted(s.model) as target,
-                _counted(draft) as drafted,
+                _forwards(s.model) as target,
+                _forwards(draft) as drafted,
                 torch.random.fork_rng(devices=devices),
                 torch.no_grad(),
             ):
@@ -379,9 +422,19 @@ class SpeculationBench(LanguageBench):
                 seconds = time.perf_counter() - start
         finally:
             s.model.generation_config, draft.generation_config = own
-        added = rounds.sizes if h.assistant is not None else [1] * len(written)
         record = getattr(loop, "record", None)
-        return Text(written, seconds, target, drafted, list(record.accepted) if record is not None else added)
+        added = rounds.sizes if h.assistant is not None else getattr(record, "accepted", [1] * len(written))
+        # On an accelerator forwards go on while Python does: their time isn't seen from here.
+        alone = getattr(loop, "models_at_once", 1) == 1 and s.model.device.type == "cpu"
+        return Text(
+            written,
+            seconds,
+            target.tokens,
+            drafted.tokens,
+            list(added),
+            list(getattr(record, "gammas", ())),
+            target.seconds + drafted.seconds if alone else None,
+        )
 
     def greedy(self, h: Pairing, rng: Streams) -> list[list[int]]:
         """Plain generation's greedy texts behind the same prompts, under the same processors."""
@@ -501,20 +554,34 @@ def _simulated(draft: Subject, target: Subject, latency: str | None) -> Iterator
         yield [stack.enter_context(Latency(subject.model, seconds)) for subject, seconds in pair]
 
 
+@dataclass
+class Forwards:
+    """Tokens in each forward of a model, and seconds in all of them."""
+
+    tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+
 @contextlib.contextmanager
-def _counted(model: Any) -> Iterator[list[int]]:
-    """Tokens in each forward of ``model``, meanwhile."""
-    counts: list[int] = []
+def _forwards(model: Any) -> Iterator[Forwards]:
+    """What passes through ``model`` meanwhile; only the thread that runs the model writes to it."""
+    found = Forwards()
+    started: list[float] = []
 
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs.get("input_ids")
-        counts.append(0 if given is None else given.numel())
+        found.tokens.append(0 if given is None else given.numel())
+        started.append(time.perf_counter())
 
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    def end(*_: Any) -> None:
+        found.seconds += time.perf_counter() - started.pop()
+
+    hooks = model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end)
     try:
-        yield counts
+        yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _record(s: Subject, prompt: Prompt, text: Text) -> dict[str, Any]:

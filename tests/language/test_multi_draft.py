@@ -257,6 +257,16 @@ def test_u_of_zero_gives_no_token_without_probability(monkeypatch: pytest.Monkey
             assert float(p[0, token]) > 0
 
 
+def test_spechub_is_exact_where_one_token_is_almost_certain() -> None:
+    """Accepting the top token outright above 0.999 would lose what p gives to the others."""
+    p = torch.tensor([[0.9995, 0.0003, 0.0002]], dtype=torch.float64)
+    q = torch.tensor([[0.9, 0.05, 0.05]], dtype=torch.float64)
+    _, chance, kernel = kernel_of(p, q, 2, "spechub")
+    assert torch.allclose(chance @ kernel, p[0], rtol=0, atol=1e-12)
+    outright = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    assert float((outright - p[0]).abs().max()) > 1e-4
+
+
 # --- identities --------------------------------------------------------------------------------------------------
 
 

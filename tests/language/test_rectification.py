@@ -140,8 +140,8 @@ def test_sarsa_with_a_table_converges_to_enumeration() -> None:
         assert np.abs(-table.table[code].detach().numpy() - expected).max() < 0.02, state
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_fixed_point_of_the_targets_is_enumeration(gamma: float) -> None:
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.0), (0.9, 0.0), (1.0, 0.7), (0.9, 1.0)])
+def test_fixed_point_of_the_targets_is_enumeration(gamma: float, lam: float) -> None:
     """Q = R + γ P Q as one linear system, and the expected targets at its solution are the solution."""
     law, bad = random_tree(1)
     pairs = [(state, a) for state in law for a in range(V)]
@@ -162,7 +162,7 @@ def test_fixed_point_of_the_targets_is_enumeration(gamma: float) -> None:
     texts = list(bad)
     taken = torch.tensor([[Q[index[text[: t + 1]]] for t in range(T)] for text in texts])
     reward = torch.tensor([-float(bad[text]) for text in texts], dtype=torch.float64)
-    target = sarsa_targets(taken, torch.ones(len(texts), T, dtype=torch.bool), reward, gamma).numpy()
+    target = sarsa_targets(taken, torch.ones(len(texts), T, dtype=torch.bool), reward, gamma, lam).numpy()
     weights = np.array([math.prod(law[text[:t]][text[t]] for t in range(T)) for text in texts])
     for t in range(T):
         for first in itertools.product(range(V), repeat=t + 1):
@@ -459,6 +459,8 @@ def test_reward_lands_on_the_last_real_token() -> None:
     found = sarsa_targets(values, counted, torch.tensor([-1.0, -0.25]), 0.5)
     assert torch.allclose(found[0, :3], torch.tensor([-0.2, -0.3, -1.0]))
     assert torch.allclose(found[1, 1:], torch.tensor([-0.05, -0.15, -0.25]))
+    reached = sarsa_targets(values, counted, torch.tensor([-1.0, -0.25]), 0.5, 1.0)
+    assert torch.allclose(reached[0, :3], torch.tensor([-0.25, -0.5, -1.0]))
     clipped = sarsa_targets(torch.tensor([[0.0, -3.0, 0.7, 0.0]]), torch.ones(1, 4, dtype=torch.bool), torch.zeros(1))
     assert clipped.tolist() == [[-1.0, 0.0, 0.0, 0.0]]
 
@@ -729,7 +731,7 @@ def test_bad_scores_and_risks_are_refused() -> None:
         steer(ids, torch.zeros(2, 6))
 
 
-@pytest.mark.parametrize(("name", "value"), [("gamma", 0.0), ("gamma", 1.1), ("tau", 0.0), ("tau", 2)])
+@pytest.mark.parametrize(("name", "value"), [("gamma", 0.0), ("gamma", 1.1), ("tau", 0.0), ("tau", 2), ("lam", 1.5)])
 def test_bad_training_settings_are_refused(q_model: QModel, tmp_path: Path, name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name}="):
         DeadEndTrainer(copy.deepcopy(q_model), arguments(tmp_path), train_dataset=ROWS, **{name: value})

@@ -57,6 +57,7 @@ def apply(
     learning_rate: float = 3e-4,
     warmup_steps: int = 500,
     gamma: float = 1.0,
+    lam: float = 0.9,
     tau: float = 0.1,
     include_prompt: bool = False,
 ) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def apply(
         learning_rate: the largest, on a linear schedule.
         warmup_steps: steps up to that rate, at most a tenth of all.
         gamma: discount, in (0, 1].
+        lam: λ of SARSA(λ) in [0, 1]; 0 is the published one-step target, which needs many more steps.
         tau: how fast the target head follows, in (0, 1].
         include_prompt: learn the values of the prompt's tokens too, as the published code does.
 
@@ -138,7 +140,7 @@ def apply(
                 logging_steps=max(steps // 10, 1), dataloader_pin_memory=False,
             )  # fmt: skip
             trainer = DeadEndTrainer(
-                model, arguments, gamma=gamma, tau=tau, include_prompt=include_prompt,
+                model, arguments, gamma=gamma, lam=lam, tau=tau, include_prompt=include_prompt,
                 train_dataset=[t.row() for t in learned], callbacks=[_Log(log)],
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)

@@ -12,6 +12,9 @@ The loss is the squared distance to these targets, taken from a slowly following
     L = \frac{1}{N} \sum_t \bigl( Q(s_t, y_{t+1}) - \mathrm{clip}(\gamma \bar Q(s_{t+1}, y_{t+2}), -1, 0) \bigr)^2 ,
     \qquad \bar Q \leftarrow (1 - \tau) \bar Q + \tau Q \text{ after every optimizer step.}
 
+One-step targets carry the end backwards a token at a time. Targets of SARSA(λ) carry it further at once and have the
+same fixed point, see :func:`sarsa_targets`; λ = 0 is the published method.
+
 It evaluates the model that wrote, and no better policy: with the maximum over next tokens in the target (Q-learning)
 the value would be 0 wherever one good continuation exists.
 """
@@ -30,18 +33,28 @@ from steersman.errors import InputError
 from steersman.language.rectification.q_model import QModel
 
 
-def sarsa_targets(target_values: Tensor, counted: Tensor, reward: Tensor, gamma: float = 1.0) -> Tensor:
-    r"""What each taken action's value should be, (B, A).
+def sarsa_targets(
+    target_values: Tensor, counted: Tensor, reward: Tensor, gamma: float = 1.0, lam: float = 0.0
+) -> Tensor:
+    r"""What each taken action's value should be, (B, A): R at the last, and before it
+
+    .. math:: G_t = \mathrm{clip}(\gamma [(1 - \lambda)\, \bar Q(s_{t+1}, a_{t+1}) + \lambda\, G_{t+1}], -1, 0) .
 
     Args:
         target_values: Q̄(s_t, a_t) of the taken actions, (B, A).
         counted: which of them are real actions, (B, A): one run in each row, padding on either side.
         reward: R in [-1, 0], (B,).
         gamma: discount, in (0, 1].
+        lam: λ in [0, 1]: 0 is the published one-step target, 1 the discounted reward itself.
     """
-    backup = (gamma * F.pad(target_values[:, 1:], (0, 1))).clamp(-1, 0)
     last = counted & ~F.pad(counted[:, 1:], (0, 1))
-    return torch.where(last, reward.to(backup)[:, None], backup)
+    target, reward = torch.zeros_like(target_values), reward.to(target_values)
+    following = torch.zeros_like(reward)
+    for t in reversed(range(target.shape[1])):
+        if t + 1 < target.shape[1]:
+            following = (1 - lam) * target_values[:, t + 1] + lam * target[:, t + 1]
+        target[:, t] = torch.where(last[:, t], reward, (gamma * following).clamp(-1, 0))
+    return target
 
 
 def sarsa_loss(
@@ -51,6 +64,7 @@ def sarsa_loss(
     reward: Tensor,
     prompt_length: Tensor | None = None,
     gamma: float = 1.0,
+    lam: float = 0.0,
 ) -> Tensor:
     """The mean squared distance of the taken actions' values to their targets.
 
@@ -59,7 +73,7 @@ def sarsa_loss(
         input_ids, attention_mask: whole texts, (B, T), padded on either side.
         reward: of each text, (B,).
         prompt_length: how many tokens of each text are a prompt that nobody chose, (B,); None counts all but the first.
-        gamma: discount.
+        gamma, lam: of the targets.
     """
     mask = attention_mask.bool()
     # The action at column t is the token at t + 1.
@@ -71,7 +85,7 @@ def sarsa_loss(
     # What padding holds must not even reach the embedding.
     ids = input_ids.masked_fill(~mask, 0)
     output = model(input_ids=ids, attention_mask=attention_mask, actions=actions.masked_fill(~counted, 0))
-    target = sarsa_targets(output.target_values, counted, reward, gamma)
+    target = sarsa_targets(output.target_values, counted, reward, gamma, lam)
     errors = (output.values - target).square().masked_fill(~counted, 0.0)
     return errors.sum() / counted.sum().clamp(min=1)
 
@@ -115,6 +129,8 @@ class DeadEndTrainer(Trainer):
         args: transformers' TrainingArguments. As published: 3 epochs, batches of 64, learning rate 3e-4, linear
             schedule with 500 warm-up steps, no weight decay.
         gamma: discount, in (0, 1].
+        lam: λ in [0, 1] of the targets; 0 as published. Above 0 the end is felt many tokens earlier at once, which
+            small data need (our addition: SARSA(λ) has the same fixed point).
         tau: weight of the head in the target head's updates, in (0, 1].
         include_prompt: whether the prompt's tokens are actions too, as in the published code. Prompts are chosen, often
             by how bad they are, and their tokens' values would be those of the choice.
@@ -130,6 +146,7 @@ class DeadEndTrainer(Trainer):
         args: Any = None,
         *,
         gamma: float = 1.0,
+        lam: float = 0.0,
         tau: float = 0.1,
         include_prompt: bool = False,
         **kwargs: Any,
@@ -139,7 +156,9 @@ class DeadEndTrainer(Trainer):
         for name, value in (("gamma", gamma), ("tau", tau)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise InputError(name, value, "a number in (0, 1]")
-        self.gamma, self.tau, self.include_prompt = gamma, tau, include_prompt
+        if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not 0 <= lam <= 1:
+            raise InputError("lam", lam, "a number from 0 to 1")
+        self.gamma, self.lam, self.tau, self.include_prompt = gamma, lam, tau, include_prompt
         model.begin_target()
         pad = model.config.pad_token_id or 0
         kwargs.setdefault("data_collator", lambda rows: collate(rows, pad))
@@ -157,7 +176,7 @@ class DeadEndTrainer(Trainer):
             bad = reward[~((reward >= -1) & (reward <= 0))][0].item()
             raise InputError("reward", bad, "a number in [-1, 0]")
         prompt = None if self.include_prompt else inputs.get("prompt_length")
-        loss = sarsa_loss(model, inputs["input_ids"], inputs["attention_mask"], reward, prompt, self.gamma)
+        loss = sarsa_loss(model, inputs["input_ids"], inputs["attention_mask"], reward, prompt, self.gamma, self.lam)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:

@@ -2,8 +2,8 @@
 
 A unit is a fit: its own sampled texts, value model, prompts and samples. The value model has half of the base's layers
 and is learned from 900 texts that the base wrote behind 225 beginnings, by SARSA(0.9); all knobs of training were
-chosen on texts of another seed, by the Brier score on held-out beginnings. Prompts are beginnings of reviews which the law
-itself makes rude with a probability of 0.1 or more, but not surely. Many of them stand in the middle of a sentence
+chosen on texts of another seed, by the Brier score on held-out beginnings. Prompts are beginnings of reviews which the
+law itself makes rude with a probability of 0.1 or more, but not surely. Many of them stand in the middle of a sentence
 whose last word decides. The grammar reads the finished texts, prompt and continuation.
 
 **Lower rudeness of broken text is no success**: validity (the share of words in sentences of the grammar) stands beside

@@ -64,7 +64,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     compared += [*[cfg(s, CFG) for s in scales], *[guided(w, ":gen_weight=0.8") for w in omegas], "conditional"]
     compared += [guided(omega, HYBRID + UNFILTERED) for omega in omegas if omega != 30]
     topics = ["sample", *[guided(omega, of) for of in (HYBRID, HYBRID + HELD_OUT) for omega in omegas]]
-    risky = {"attribute": "rudeness=polite", "risk_low": 0.3, "risk_high": 0.9}
+    risky = {"attribute": "rudeness=polite", "risk_low": 0.1, "risk_high": 0.95}
     return {
         "sentiment": Study("control", tuple(compared), "reviews", grid | {"attribute": "sentiment=positive"}),
         "rudeness": Study("control", ("sample", "word-bias", *ours), "reviews", grid | risky),
@@ -215,7 +215,7 @@ CLAIMS = [
     ),
     Claim(
         "polite",
-        "Behind beginnings that go on rudely in 0.3 to 0.9 of all cases it has more polite texts than the base.",
+        "Behind beginnings that go on rudely in 0.1 to 0.95 of all cases it has more polite texts than the base.",
         "section 5.2: detoxification",
         "rudeness",
         more("success", "sample"),

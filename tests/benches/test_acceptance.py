@@ -36,8 +36,9 @@ def test_greedy_verification_reaches_its_bound_and_spechub_is_as_good(small):
     for row in small.select("multi-draft"):
         assert row.figures["gap"] == pytest.approx(0, abs=1e-9)
         assert row.figures["acceptance"] == pytest.approx(row.figures["bound_greedy"])
-    ours, theirs = small.paired("acceptance", "multi-draft", "spechub", n_drafts=2)
-    assert np.allclose(ours, theirs, atol=1e-9)
+    for temperature in (0.0, 1.0):
+        ours, theirs = small.paired("acceptance", "multi-draft", "spechub", n_drafts=2, temperature=temperature)
+        assert np.allclose(ours, theirs, atol=1e-9)
     rows = small.select("spechub", status=None, n_drafts=3)
     assert {row.status for row in rows} == {"inapplicable"} and "two drafts" in (rows[0].error or "")
 
@@ -46,8 +47,8 @@ def test_contenders_of_a_seed_share_their_contexts(small):
     for setting in small.settings:
         bounds = {(row.seed, tuple(row.per_item["bound_without"])) for row in small.select(**setting)}
         assert len(bounds) == 2
-    same, named = small.paired_items("acceptance", "rrsw", "multi-draft:verifier=rrsw")[:2]
-    assert np.array_equal(same, named)
+        same, named = small.paired_items("acceptance", "rrsw", "multi-draft:verifier=rrsw", **setting)[:2]
+        assert np.array_equal(same, named)
 
 
 def test_at_temperature_0_further_drafts_without_choice_are_worth_nothing(small):
@@ -55,8 +56,9 @@ def test_at_temperature_0_further_drafts_without_choice_are_worth_nothing(small)
     for row in small.select("rrsw", temperature=0.0):
         assert set(np.round(row.per_item["acceptance"], 9)) <= {0.0, 1.0}
         assert row.figures["bound_with"] == pytest.approx(row.figures["bound_without"])
-    alone, greedy = small.paired("acceptance", "single", "multi-draft", temperature=0.0)
-    assert (greedy >= alone).all()
+    for n in (2, 3):
+        alone, greedy = small.paired("acceptance", "single", "multi-draft", temperature=0.0, n_drafts=n)
+        assert (greedy >= alone).all()
 
 
 def test_exhibits(small):
@@ -78,7 +80,7 @@ def test_prompts_of_the_user(tmp_path: Path):
 @pytest.mark.parametrize(
     ("contenders", "grid", "sentence"),
     [
-        (["momentum-decoding"], {}, "a draft model and a verifier"),
+        (["momentum-decoding"], {}, "a method of the bench acceptance"),
         (["single+rrs"], {}, "one verifier"),
         (["multi-draft:verifier=rrz"], {}, "did you mean 'rrs'"),
         (["single"], {"temperature": 0.001}, r"0 \(greedy\)"),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
     BloomConfig,
@@ -16,6 +22,7 @@ from transformers import (
     DynamicCache,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -24,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from steersman.errors import InputError
 from steersman.language.momentum_decoding import MomentumDecoding
 from steersman.language.multi_draft import MultiDraft, contexts, decoding
+from steersman.language.multi_draft.measuring import probe
 from steersman.language.multi_draft.tree import ROOT, Branching, Tree, families
 
 from .conftest import EOS, PAD, VOCABULARY, generate, left_padded, tiny
@@ -397,6 +405,64 @@ def test_contexts_are_the_target_s_own_texts(model: Any, prompts: Tensor, temper
         assert torch.allclose(places.q[3], (scores / temperature).softmax(-1), atol=1e-5)
     else:
         assert int(places.q[3].argmax()) == int(scores.argmax()) and float(places.q[3].max()) == 1
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+
+def saved_pair(folder: Path) -> tuple[Path, Path]:
+    """A target and a draft with one tokenizer, as folders."""
+    words = {"<pad>": PAD, "<end>": EOS, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    inner = Tokenizer(WordLevel(words, unk_token="w2"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+    for name, seed in (("target", 0), ("draft", 1)):
+        tiny("llama", seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "target", folder / "draft"
+
+
+@pytest.mark.parametrize("file", [None, "prompts.txt", "prompts.jsonl"])
+def test_the_probe_writes_every_verifier_s_gap(tmp_path: Path, file: str | None) -> None:
+    target, draft = saved_pair(tmp_path)
+    source = None
+    if file is not None:
+        source = tmp_path / file
+        texts = ["w3 w4 w5", "w6 w7"]
+        source.write_text(
+            "".join(json.dumps({"text": t}) + "\n" for t in texts) if "json" in file else "\n".join(texts)
+        )
+    lines: list[str] = []
+    options = {"draft": draft, "temperatures": "0,1", "n_drafts": "1,2,3", "places": 20, "new_tokens": 4}
+    metrics = probe(target, source, tmp_path, seed=0, log=lines.append, **options)
+    assert len(lines) == 2 and "temperature 1" in lines[1] and (tmp_path / "acceptance.png").stat().st_size > 1000
+    with (tmp_path / "acceptance.csv").open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert len(rows) == 2 * (1 + 5 + 4)  # one draft is all the same; SpecHub takes two
+    for row in rows:
+        kept, bound, gap, low, high = (float(row[c]) for c in ("acceptance", "bound", "gap", "low", "high"))
+        assert -1e-9 <= gap == pytest.approx(bound - kept, abs=1e-9) and low - 1e-9 <= gap <= high + 1e-9
+        assert row["verifier"] not in ("greedy", "spechub") or gap < 1e-9
+    assert metrics["bound_greedy"] == pytest.approx(metrics["greedy"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"draft": None}, "draft=None.*--set draft"),
+        ({"draft": Path("nowhere")}, "draft='nowhere'.*transformers loads"),
+        ({"temperatures": "warm"}, "temperatures='warm'.*commas"),
+        ({"temperatures": "-1"}, "temperature=-1.0"),
+        ({"n_drafts": "99"}, "n=99.*from 1 to 64"),
+        ({"new_tokens": 400}, "new_tokens=400.*positions"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_the_probe_refuses(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+    target, draft = saved_pair(tmp_path)
+    chosen = {"draft": draft, "places": 4, "new_tokens": 2} | options
+    with pytest.raises(InputError, match=sentence):
+        probe(target, None, tmp_path, seed=0, log=print, **chosen)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steersman import catalog
 from steersman.benches._latency import Latency, independent_pair
 from steersman.engine.bench import Figure, Knob, PartInfo, Shape
 from steersman.engine.contenders import Part, checked_knobs
@@ -76,7 +75,7 @@ class Schedule:
         return ["pearl:gamma=2", "pearl:gamma=4"]
 
     def parts(self) -> Mapping[str, PartInfo]:
-        return {}
+        return {"pearl": PartInfo(PEARL, "Draft and target at the same time.", "PEARL(draft_model{, knobs})")}
 
     def check(self, s: None, setting: Setting) -> None:
         return None
@@ -85,10 +84,9 @@ class Schedule:
         return Host(*independent_pair(setting["acceptance"]))
 
     def mount(self, h: Host, part: Part) -> None:
-        build = catalog.card(part.id).load()
-        if build is not PEARL or h.loop is not None:
-            raise InputError("methods", part.id, "pearl, once")
-        h.loop = build(h.draft, **checked_knobs(build, part, skip=("draft_model",)))
+        if h.loop is not None:
+            raise InputError("methods", part.id, "there once")
+        h.loop = PEARL(h.draft, **checked_knobs(PEARL, part, skip=("draft_model",)))
 
     def trial(self, h: Host, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         loop = h.loop

@@ -18,7 +18,7 @@ from steersman.errors import InputError
 from steersman.language.pearl.ranks import Ranks
 from steersman.language.pearl.rounds import VARIANTS, Rounds, accept
 from steersman.language.pearl.sides import Draft, Target
-from steersman.language.pearl.threads import Threads, Verdict, Work
+from steersman.language.pearl.threads import Threads, Verdict, Work, warn_of_shared_cores
 from steersman.language.speculation import Law, SpeculationRecord, check_pair
 
 ENGINES = ("threads", "distributed")
@@ -189,6 +189,8 @@ class PEARL:
         if self.engine == "threads":
             draft = self.draft_model
             check_pair("PEARL", model, draft, generation_config, model_kwargs)
+            if self.models_at_once == 2 and draft.device.type == model.device.type == "cpu":
+                warn_of_shared_cores()
             law = Law(logits_processor, sample, model.config.get_text_config().vocab_size)
             engine = Threads(
                 lambda: Draft(draft, law, row, start, limit, seeds[0]),

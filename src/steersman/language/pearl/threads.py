@@ -71,8 +71,6 @@ class Threads:
         # Made where it works, so that all its tensors belong to its stream.
         self.draft: Draft = self._there(self._make_draft).result()
         self._committed: Any = None
-        if self.draft.device == self.target.device and self.draft.device.type == "cpu":
-            _warn_of_shared_cores()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,11 +150,12 @@ def inherited(device: torch.device) -> Callable[[], AbstractContextManager[None]
     return enter
 
 
-def _warn_of_shared_cores() -> None:
+def warn_of_shared_cores() -> None:
+    """Say so if two models on the CPU have more threads than there are cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if 2 * torch.get_num_threads() > max(cores, 2):
         warnings.warn(
             f"draft and target share {cores} CPU cores with {torch.get_num_threads()} threads each: "
             f"torch.set_num_threads({max(cores // 2, 1)}) gives each its own",
-            stacklevel=2,
+            stacklevel=3,
         )

@@ -79,7 +79,7 @@ def accepted(found: Contexts, n: int, verifier: str) -> np.ndarray:
     """Acceptance of ``verifier`` with n drafts at each context, (N,)."""
     generator = torch.Generator(found.p.device).manual_seed(0)
     parts = [acceptance(p, q, n, verifier, ranking=ranking, generator=generator) for p, q, ranking in _in_parts(found)]
-    return torch.cat(parts).cpu().numpy()
+    return torch.cat(parts).clamp(0, 1).cpu().numpy()
 
 
 def bound(found: Contexts, n: int, sampler: str) -> np.ndarray:

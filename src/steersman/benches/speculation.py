@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from steersman import catalog
 from steersman.benches import _pearl_ranks
@@ -404,6 +405,7 @@ class SpeculationBench(LanguageBench):
         devices = [s.model.device] if s.model.device.type == "cuda" else []
         try:
             with (
+                _hushed(),
                 _forwards(s.model) as target,
                 _forwards(draft) as drafted,
                 torch.random.fork_rng(devices=devices),
@@ -552,6 +554,17 @@ def _simulated(draft: Subject, target: Subject, latency: str | None) -> Iterator
     with contextlib.ExitStack() as stack:
         pair = [] if times is None else zip((draft, target), times, strict=True)
         yield [stack.enter_context(Latency(subject.model, seconds)) for subject, seconds in pair]
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what transformers says of its own calls: assisted generation warns of how it calls ``generate``."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @dataclass

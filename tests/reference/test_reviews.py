@@ -15,7 +15,7 @@ from steersman.engine.compare import compare
 from steersman.errors import InputError
 from steersman.reference import grammars, loading, reviews
 
-MODELS = ("base", "conditional", "value")
+MODELS = ("base", "conditional", "value", "judge")
 
 
 # --- weighted automata --------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_the_shipped_files_are_the_recorded_ones() -> None:
     record = loading.provenance("reviews")
     assert set(record["models"]) == set(MODELS)
     assert record["grammar"]["fingerprint"] == reviews.fingerprint()
-    assert sum(p.stat().st_size for p in loading.folder("reviews").rglob("*") if p.is_file()) < 10_000_000
+    assert sum(p.stat().st_size for p in loading.folder("reviews").rglob("*") if p.is_file()) < 20_000_000
     files = {(loading.path(f"reviews/{name}") / "tokenizer.json").read_bytes() for name in MODELS}
     assert len(files) == 1
 
@@ -328,7 +328,7 @@ def test_the_tokenizer_is_the_grammars_words() -> None:
     )
 
 
-def test_the_base_model_is_near_the_grammars_entropy() -> None:
+def test_the_base_model_is_near_the_grammars_entropy_and_the_judge_nearer() -> None:
     model, _ = reviews.language_model()
     assert model.dtype == torch.float32
     texts = [r.text for r in reviews.texts("heldout", 100, seed=9)]
@@ -338,6 +338,10 @@ def test_the_base_model_is_near_the_grammars_entropy() -> None:
         loss = float(model(**x, labels=labels).loss)
     exact = -sum(map(reviews.log_probability, texts)) / sum(len(reviews.words(t)) + 1 for t in texts)
     assert -0.005 < loss - exact < 0.05
+    judge, _ = reviews.language_model("judge")
+    assert judge.num_parameters() > 2 * model.num_parameters()
+    with torch.no_grad():
+        assert -0.005 < float(judge(**x, labels=labels).loss) - exact < loss - exact
 
 
 def test_the_base_model_writes_reviews_as_the_grammar_does() -> None:

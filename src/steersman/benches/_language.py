@@ -32,8 +32,9 @@ REFERENCES = {  # causal language models among the reference subjects, and who j
     "docs/tiny": "docs/base",
     "docs/small": "docs/base",
     "docs/base": "docs/base",
-    "reviews/base": "reviews/base",
-    "reviews/conditional": "reviews/base",
+    "reviews/base": "reviews/judge",
+    "reviews/conditional": "reviews/judge",
+    "reviews/judge": "reviews/judge",
 }
 
 

@@ -46,9 +46,9 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
         more = {"draft": ["docs/tiny", "docs/small"], "temperature": [0.0, 1.0]}
         devices |= {**more, "latency": ["10:20", "5:20", "5:40"], "count": 20, "new_tokens": 64}
         here |= {**more, "count": 100, "new_tokens": 128}
-    grid = {"ratio": [2.0, 4.0], "new_tokens": 80}
+    grid = {"ratio": [2.0, 4.0], "new_tokens": 80, "t_draft": 15.0}
     if not quick:
-        grid = {"ratio": [2.0, 4.0, 8.0], "acceptance": [0.5, 0.8, 0.9], "new_tokens": 400}
+        grid = {"ratio": [2.0, 4.0, 8.0], "acceptance": [0.5, 0.8, 0.9], "new_tokens": 400, "t_draft": 15.0}
     lengths = (2, 4) if quick else (2, 4, 8)
     processes = (RANKS,) if quick else (RANKS, *(f"{RANKS}:gamma={g}" for g in (1, 2, 4)))
     return {

@@ -118,6 +118,7 @@ class Chain:
 
     def __init__(self, model: Any) -> None:
         self.model, self.cache = model, DynamicCache()
+        self._device, self._keeps_some = model.device, model._supports_logits_to_keep()  # looked up once: both are slow
 
     @property
     def length(self) -> int:
@@ -133,8 +134,8 @@ class Chain:
         Args:
             places: how many logits are wanted, from the end (a long prompt's would fill the memory).
         """
-        new = ids[self.length :].to(self.model.device)[None]
-        fewer = {"logits_to_keep": places} if places is not None and self.model._supports_logits_to_keep() else {}
+        new = ids[self.length :].to(self._device)[None]
+        fewer = {"logits_to_keep": places} if places is not None and self._keeps_some else {}
         output = self.model(new, past_key_values=self.cache, use_cache=True, return_dict=True, **fewer)
         return output.logits[0, 0 if places is None else -places :].float()
 

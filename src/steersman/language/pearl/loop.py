@@ -105,8 +105,9 @@ class PEARL:
     which are applied to both models; without sampling it is what greedy search writes (up to ties in the arithmetic).
 
     Two engines run the same rounds. ``threads``: this process has both models, best on two devices. ``distributed``:
-    two ranks of ``torch.distributed`` (gloo or nccl) have one each and call ``generate`` with the same input, rank 0
-    on the draft model and rank 1 on the target; both return the text::
+    two ranks of ``torch.distributed`` (a group of gloo or nccl; the few numbers of a round go over gloo) have one each
+    and call ``generate`` with the same input, rank 0 on the draft model and rank 1 on the target; both return the
+    text::
 
         # torchrun --nproc-per-node 2 write.py
         model = AutoModelForCausalLM.from_pretrained(draft if rank == 0 else target)

@@ -11,7 +11,7 @@ from  what                                                                      
 1     the verdict: accepted, token, kept, stop, the next gamma                    int64 (6)
 ====  ==========================================================================  ===============
 
-So one law travels after a rejection, not one a token; tokens are never numbers of a law's type, which would round them;
+So one law travels after a rejection, not one a token; ids are never numbers of a law's type, which would round them;
 and rank 0 follows what rank 1 says, so that nothing hangs on two random streams being equal.
 """
 
@@ -118,7 +118,8 @@ class Ranks:
             if self._waiting and late > SLACK_S:
                 raise self._silent()
             if not self._waiting and late > 0:
-                raise TrialError(f"{self._name(self.rank)} took longer than {self.timeout:g} s for one step")
+                took = f"{self._name(self.rank)} took longer than {self.timeout:g} s for one step"
+                raise TrialError(f"{took} (if it may: PEARL(timeout=...))")
         if "error" in outcome:
             raise outcome["error"]
         return outcome["result"]
@@ -146,16 +147,11 @@ class Ranks:
         finally:
             self._beat, self._waiting = time.monotonic(), False
 
-    @property
-    def _wire(self) -> torch.device:
-        """Where tensors must be to be sent."""
-        return self._device if dist.get_backend(self._group) == "nccl" else torch.device("cpu")
-
     def _send(self, tensor: Tensor) -> None:
-        self._exchange(dist.send, tensor.to(self._wire), group=self._group, group_dst=self.peer)
+        self._exchange(dist.send, tensor.cpu(), group=self._group, group_dst=self.peer)
 
     def _receive(self, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        tensor = torch.empty(count, dtype=dtype, device=self._wire)
+        tensor = torch.empty(count, dtype=dtype)
         self._exchange(dist.recv, tensor, group=self._group, group_src=self.peer)
         return tensor
 
@@ -195,11 +191,15 @@ class Ranks:
         return target, at1[len(facts) :]
 
     def _connect(self) -> None:
-        _groups()[self.timeout] = dist.new_group([0, 1], timeout=timedelta(seconds=self.timeout))
+        _groups()[self.timeout] = dist.new_group([0, 1], timeout=timedelta(seconds=self.timeout), backend="gloo")
 
     @property
     def _group(self) -> Any:
-        """A group of the rounds' own: it may end with an error, and the caller's stays."""
+        """A group of the rounds' own, which may end with an error while the caller's stays.
+
+        It is gloo whatever the caller's is: a round's few numbers are on the host anyway, and gloo tells at once that
+        the other rank is gone, where nccl would leave both waiting.
+        """
         group = _groups().get(self.timeout)
         if group is None:
             raise TrialError("the run has ended")
@@ -220,7 +220,7 @@ class Ranks:
         if places:
             work.t_target = self.side.score(length, places)
         if write:
-            message = self._receive(2 * write + 1).cpu()
+            message = self._receive(2 * write + 1)
             work.written = message[:write].tolist()
             *work.chances, work.t_draft = message[write:].view(torch.float64).tolist()
         return work

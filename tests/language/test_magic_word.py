@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -608,7 +609,7 @@ def test_statistics_of_many_pairs() -> None:
     points = [math.log(e) for e in (55 / 75, 35 / 75, 25 / 75, 20 / 75)]
     assert slope == pytest.approx(sum((i - 1.5) * y for i, y in enumerate(points)) / 5)
     record = found.to_json()
-    assert record["a"]["reached"]["1"] == 1.0 and record["all"]["pairs"] == 4
+    assert record["a"]["reached_by_k"][1] == 1.0 and record["all"]["pairs"] == 4
 
 
 def test_leaving_unsolved_pairs_out_would_weaken_the_correlation() -> None:
@@ -740,6 +741,9 @@ def test_targets_are_of_their_class(tmp_path: Any) -> None:
     assert [p for p in pairs if p.kind == "uniform"] == some
     (tmp_path / "a.txt").write_text(text)
     assert read_pairs(tmp_path / "a.txt", system, 12, 4, 9) == pairs
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    assert read_pairs(tmp_path / "t.jsonl", system, 12, 4, 9) == pairs
+    assert len(pairs_from_text(system, text * 20, 12, 4, 9)) == 36  # long enough to be tokenized in places
     (tmp_path / "a.jsonl").write_text('{"x0": "the list", "y": "z"}\n\n{"x0": "ab", "y": "c", "kind": "mine"}\n')
     one, two = read_pairs(tmp_path / "a.jsonl", system)
     assert (one.kind, two.kind, two.x0, two.y) == ("given", "mine", (3, 4), (5,))
@@ -748,8 +752,8 @@ def test_targets_are_of_their_class(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", '{"x0": "a"}\n', "line 1 lacks one"),
-        ("a.jsonl", '{"x0": "a", "y": ""}\n', "line 1 lacks one"),
+        ("a.jsonl", '{"x0": "a"}\n', "line 1 has neither"),
+        ("a.jsonl", '{"x0": "a", "y": ""}\n', "line 1 has neither"),
         ("a.jsonl", "{nothing\n", "line 1"),
         ("a.jsonl", "\n", "at least one pair"),
         ("a.jsonl", '{"x0": "a", "y": "b"}\n{"x0": "a", "y": "bc"}\n', "multi_token=True allows more) (line 2"),

@@ -51,11 +51,15 @@ def run(
     chosen: dict[str, str],
     seed: int,
     as_json: bool,
+    resume: bool = False,
 ) -> None:
     """Run a verb that makes a folder, and show its record."""
     from steersman.engine.artefacts import run_verb
 
-    record = run_verb(verb, method, subject, out, input, chosen, seed, log=lambda line: typer.echo(line, err=True))
+    def log(line: str) -> None:
+        typer.echo(line, err=True)
+
+    record = run_verb(verb, method, subject, out, input, chosen, seed, log, resume)
     if as_json:
         print_json(record)
         return

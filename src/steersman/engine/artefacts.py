@@ -2,10 +2,14 @@
 
 The record holds the method and its settings, fingerprints of the subject and the input, versions, the
 seed, the seconds that it took and the metrics that the method reported.
+
+What is made lies in ``<out>.partial`` until it is whole. A function with a parameter ``resume`` keeps finished pieces
+there: an interrupt or a kill leaves them, and the same request with ``resume`` goes on from them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import inspect
 import json
 import math
@@ -14,7 +18,8 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,8 @@ from steersman.engine.rows import plain, writing
 from steersman.errors import InputError, nearest
 
 RECORD = "artefact.json"
-RESERVED = ("subject", "input", "out", "seed", "log")
+RESERVED = ("subject", "input", "out", "seed", "log", "resume")
+REQUEST, LOCK = ".request.json", ".lock"
 
 
 def run_verb(
@@ -39,6 +45,7 @@ def run_verb(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Make an artefact with a method (``apply``) or measure a property of the subject (``probe``).
 
@@ -51,6 +58,7 @@ def run_verb(
         settings: keyword arguments of the method's function, as text or typed.
         seed: for everything random.
         log: gets one line at a time about the progress.
+        resume: go on with what an interrupted run of the same request has finished (a whole one is returned as it is).
 
     Returns:
         dict: the record that was written to ``artefact.json`` (``probe.json`` for a probe).
@@ -62,17 +70,39 @@ def run_verb(
     card = catalog.card(method)
     function = function_of(card, verb)
     checked = check_settings(card, function, settings or {})
+    resumable = "resume" in inspect.signature(function).parameters
+    if resume and not resumable:
+        raise InputError("resume", True, f"left out: {verb} {card.id} keeps nothing unfinished")
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("out", str(out), "a new or empty folder")
     found = subjects.resolve(subject)
     source = Path(input).expanduser() if input is not None else None
     if source is not None and not source.exists():
         raise InputError("input", str(input), "a file or folder that exists")
+    request = {
+        "verb": verb,
+        "method": card.id,
+        "settings": _as_written(checked, settings or {}),
+        "subject": {"spec": subject, "fingerprint": found.fingerprint},
+        "input": None if source is None else {"path": str(input), "fingerprint": subjects.tree_hash(source)},
+        "seed": seed,
+    }
+    name = RECORD if verb == "apply" else "probe.json"
+    if resume and (folder / name).is_file():
+        whole = json.loads((folder / name).read_text())
+        _same_request(plain(request), whole, folder)
+        return typing.cast(dict[str, Any], whole)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("out", str(out), "a new or empty folder")
     partial = folder.with_name(f"{folder.name}.partial")
+    going_on = resumable and (partial / REQUEST).is_file()
+    if going_on and not resume:
+        raise InputError(
+            "out", str(out), f"another folder (an interrupted run is kept in {partial}: add --resume, or remove it)"
+        )
     with writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not going_on:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     start = time.perf_counter()
     try:
         # A reference subject with a variant (gaussians:ring) stays text; a folder becomes a path.
@@ -80,31 +110,74 @@ def run_verb(
         with writing(folder), tempfile.TemporaryDirectory(prefix="steersman-input-") as temporary:
             # A reference subject brings its own images or texts, and judges texts itself.
             attribute = attribute_of(function, checked)
-            given = source or subjects.write_input(found, Path(temporary), attribute)
+            given = source or subjects.write_input(
+                found, Path(temporary), attribute, "train" if verb == "apply" else "heldout"
+            )
             judged = "scorer" in inspect.signature(function).parameters and checked.get("scorer") is None
-            scorer = {"scorer": subjects.scorer(found, attribute)} if judged else {}
-            metrics = function(target, given, partial, seed=seed, log=log, **checked | scorer)
+            extra: dict[str, Any] = {"scorer": subjects.scorer(found, attribute)} if judged else {}
+            if resumable:
+                with _unfinished(partial, plain(request)):
+                    metrics = function(target, given, partial, seed=seed, log=log, resume=resume, **checked | extra)
+            else:
+                metrics = function(target, given, partial, seed=seed, log=log, **checked | extra)
             record = {
-                "verb": verb,
-                "method": card.id,
-                "settings": _as_written(checked, settings or {}),
-                "subject": {"spec": subject, "fingerprint": found.fingerprint},
-                "input": None if source is None else {"path": str(input), "fingerprint": subjects.tree_hash(source)},
-                "seed": seed,
+                **request,
                 "versions": versions(),
                 "made": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": time.perf_counter() - start,
                 "metrics": dict(metrics),
             }
-            name = RECORD if verb == "apply" else "probe.json"
             (partial / name).write_text(json.dumps(plain(record), indent=1) + "\n")
+            if resumable:
+                (partial / REQUEST).unlink()
+                (partial / LOCK).unlink()
             if folder.is_dir():
                 folder.rmdir()
             partial.rename(folder)
         return typing.cast(dict[str, Any], plain(record))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        # Bad input leaves nothing behind, unless finished work lay there before.
+        if not resumable or (isinstance(error, InputError) and not going_on):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            kept = f"interrupted: what was finished is kept in {partial}; the same command with --resume goes on."
+            raise KeyboardInterrupt(kept) from None
         raise
+
+
+def _same_request(request: Mapping[str, Any], old: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with what was asked for differently.
+
+    Raises:
+        InputError: the sentence says what differs.
+    """
+    for name, value in request.items():
+        before, now = old.get(name), value
+        if name in ("subject", "input") and before and now:
+            before, now = before["fingerprint"], now["fingerprint"]  # a path may be written differently
+        if before != now:
+            raise InputError("resume", value, f"the {name} of the run in {folder} ({old.get(name)!r})")
+
+
+@contextmanager
+def _unfinished(partial: Path, request: Mapping[str, Any]) -> Iterator[None]:
+    """Hold the unfinished folder of this request, alone.
+
+    Raises:
+        InputError: another process holds it, or it is of another request.
+    """
+    with (partial / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError("out", str(partial), "a folder that no other run is using") from None
+        asked = partial / REQUEST
+        if asked.is_file():
+            _same_request(request, json.loads(asked.read_text()), partial)
+        else:
+            asked.with_suffix(".partial").write_text(json.dumps(request) + "\n")
+            asked.with_suffix(".partial").replace(asked)
+        yield
 
 
 def attribute_of(function: Callable[..., Any], settings: Mapping[str, Any]) -> str | None:

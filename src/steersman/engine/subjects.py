@@ -124,11 +124,14 @@ def write_images(subject: Subject, folder: Path) -> Path | None:
 TEXTS = 4000  # labelled texts that a reference subject brings
 
 
-def write_input(subject: Subject, folder: Path, attribute: str | None = None) -> Path | None:
+def write_input(
+    subject: Subject, folder: Path, attribute: str | None = None, split: Literal["train", "heldout"] = "train"
+) -> Path | None:
     """What a reference subject brings for methods to work with: its images, or texts as ``texts.jsonl`` (a line has
     ``text`` and, for ``reviews``, its topic, sentiment, rudeness and length).
 
-    With an attribute (``column=value``), each value of that column has as many texts: some are rare.
+    With an attribute (``column=value``), each value of that column has as many texts: some are rare. What is probed
+    gets the held-out texts: those that its models were not trained on.
     """
     name = subject.spec.partition(":")[0].partition("/")[0]
     if subject.kind != "reference" or name not in ("docs", "reviews"):
@@ -136,14 +139,14 @@ def write_input(subject: Subject, folder: Path, attribute: str | None = None) ->
     if name == "docs":
         from steersman.reference import docs
 
-        records = [{"text": document.text} for document in docs.documents("train")]
+        records = [{"text": document.text} for document in docs.documents(split)]
     else:
         from steersman.reference import reviews
 
         column = (attribute or "").partition("=")[0]
         values = reviews.VALUES.get(column, ())
-        each = [reviews.texts("train", TEXTS // len(values), 0, **{column: value}) for value in values]
-        found = [review for row in zip(*each, strict=True) for review in row] or reviews.texts("train", TEXTS)
+        each = [reviews.texts(split, TEXTS // len(values), 0, **{column: value}) for value in values]
+        found = [review for row in zip(*each, strict=True) for review in row] or reviews.texts(split, TEXTS)
         records = [vars(review) for review in found]
     file = folder / "texts.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

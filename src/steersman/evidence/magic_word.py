@@ -152,10 +152,10 @@ def _random_heads(setting: Setting, rng: Streams) -> list[Case]:
         d, d_k, m = (int(torch.randint(low, high, (1,), generator=g)) for low, high in ((2, 17), (1, 9), (1, 9)))
         k = int(torch.randint(1, setting["k"] + 1, (1,), generator=g))
         scale, m_u = (float(0.1 + 0.9 * torch.rand(1, generator=g)) for _ in range(2))
-        w = [scale * torch.randn(d, d_k, generator=g, dtype=torch.float64) for _ in range(3)]
+        w_q, w_k, w_v = (scale * torch.randn(d, d_k, generator=g, dtype=torch.float64) for _ in range(3))
         x, u = (torch.randn(n, d, generator=g, dtype=torch.float64) for n in (m, k))
         u = 3 * m_u * u / u.norm(dim=1, keepdim=True)
-        cases.append((f"random {number}", Head(*w, causal=bool(number % 2)), x, u, 3 * m_u))
+        cases.append((f"random {number}", Head(w_q, w_k, w_v, causal=bool(number % 2)), x, u, 3 * m_u))
     return cases
 
 

@@ -17,7 +17,7 @@ eps. What a single attention head can put out is bounded whatever u is.
     reachable.py         the reachable set, by brute force or forward exploration
     top_logprobs.py      greedy search where only top log-probabilities are known
     attention_bound.py   the bound on a head, from a model's own weights, and the best attack on it
-    probe.py             the probe verb
+    probe.py, page.py    the probe verb, and what it shows
 
 The prompts found are adversarial strings, not natural text.
 

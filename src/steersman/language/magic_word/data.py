@@ -58,14 +58,7 @@ def pairs_from_text(
     draw = np.random.default_rng([seed, 0x6D61676963])
     size = longest + 1
     if isinstance(text, str):
-        ids = system.encode(text, "input")
-        room = len(ids) // size
-        if room < states:
-            raise InputError("states", states, f"at most {room} (the text has {len(ids)} tokens, {size} a state)")
-        # Places on a grid with a random offset: no two states overlap.
-        offset = int(draw.integers(len(ids) - room * size + 1))
-        places = [offset + int(p) * size for p in draw.permutation(room)[:states]]
-        passages: list[Sequence[int]] = [ids[p : p + size] for p in places]
+        passages: list[Sequence[int]] = _cut(system, text, states, size, draw)
     else:
         passages = list(text)[:states]
         short = [len(p) for p in passages if len(p) < size]
@@ -91,6 +84,24 @@ def pairs_from_text(
     return found
 
 
+def _cut(system: System, text: str, states: int, size: int, draw: np.random.Generator) -> list[Sequence[int]]:
+    """``states`` passages of ``size`` tokens that don't overlap."""
+    # Of a long corpus, only as much is tokenized as the passages need: a token has seldom more than 16 characters.
+    width = 16 * size
+    passages: list[Sequence[int]] = []
+    for place in draw.permutation(len(text) // width)[:states].tolist():
+        # A place may be inside of a word: begin behind it.
+        start = text.find(" ", place * width, (place + 1) * width) + 1 or place * width
+        passages.append(system.encode(text[start : (place + 1) * width], "input")[:size])
+    if len(passages) == states and all(len(passage) == size for passage in passages):
+        return passages
+    ids = system.encode(text, "input")
+    room = len(ids) // size
+    if room < states:
+        raise InputError("states", states, f"at most {room} (the text has {len(ids)} tokens, {size} a state)")
+    return [ids[p * size : (p + 1) * size] for p in draw.permutation(room)[:states].tolist()]
+
+
 def read_pairs(
     path: str | Path,
     system: System,
@@ -101,7 +112,8 @@ def read_pairs(
     seed: int = 0,
     multi_token: bool = False,
 ) -> list[Pair]:
-    """Pairs from a file of a user: ``*.jsonl`` with ``x0`` and ``y`` (and ``kind``) in each line, or a raw corpus.
+    """Pairs from a file of a user: ``*.jsonl`` whose lines have ``x0`` and ``y`` (and ``kind``) or, as a corpus,
+    ``text``; or a raw corpus.
 
     Raises:
         InputError: a file that can't be read, or a line of another form; the sentence says which.
@@ -114,6 +126,7 @@ def read_pairs(
     if file.suffix != ".jsonl":
         return pairs_from_text(system, content, states, shortest, longest, kinds, seed)
     pairs: list[Pair] = []
+    texts: list[str] = []
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
@@ -121,14 +134,21 @@ def read_pairs(
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError("input", str(path), f"a file of JSON lines (line {number}: {error})") from None
-        texts: list[Any] = [record.get(name) for name in ("x0", "y")] if isinstance(record, dict) else []
-        if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-            raise InputError("input", str(path), f"lines with the texts 'x0' and 'y' (line {number} lacks one)")
+        fields: list[Any] = [record.get(name) for name in ("x0", "y", "text")] if isinstance(record, dict) else []
+        filled = [isinstance(value, str) and value != "" for value in fields]
+        if filled == [False, False, True]:
+            texts.append(fields[2])
+            continue
+        if filled != [True, True, False]:
+            allowed = f"lines with the texts 'x0' and 'y', or with 'text' (line {number} has neither)"
+            raise InputError("input", str(path), allowed)
         try:
-            x0, y = system.encode(texts[0], "x0"), system.answer(texts[1], multi_token)
+            x0, y = system.encode(fields[0], "x0"), system.answer(fields[1], multi_token)
         except InputError as error:
             raise InputError(error.parameter, error.value, f"{error.allowed} (line {number} of {path})") from None
         pairs.append(Pair(x0, y, str(record.get("kind", "given"))))
+    if texts:
+        pairs += pairs_from_text(system, "\n\n".join(texts), states, shortest, longest, kinds, seed)
     if not pairs:
         raise InputError("input", str(path), "a file with at least one pair")
     return pairs

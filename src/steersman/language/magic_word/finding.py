@@ -264,13 +264,16 @@ class Controllability:
         return self.forwards / self.seconds if self.seconds > 0 else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """Shares by class and k, slopes and correlations, as plain JSON."""
+        """Shares by class and by k = 0, 1, ..., slopes and correlations, as plain JSON."""
         record: dict[str, Any] = {"pairs": len(self.words), "longest": self.longest}
         for kind in [None, *(k for k in self.kinds if len(self.kinds) > 1)]:
+            curve = self.curve(kind)
             record["all" if kind is None else kind] = {
-                "reached": {str(s.k): s.share for s in self.curve(kind)},
-                "interval": {str(s.k): [s.low, s.high] for s in self.curve(kind)},
                 "pairs": len(self.of(kind)),
+                "reached": curve[-1].share,
+                "reached_by_k": [s.share for s in curve],
+                "low_by_k": [s.low for s in curve],
+                "high_by_k": [s.high for s in curve],
                 "log_epsilon_slope": self.decay(kind),
                 "rank_correlation": self.rank_correlation(kind),
             }

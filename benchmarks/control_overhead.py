@@ -10,6 +10,8 @@ row of the batch under each code), and ``within`` says whether the multiple is b
 ``gradient`` is the least that a gradient method (PPLM) does: for each token, ``--iterations`` passes forward and back
 through the cached keys and values to raise the probability of a bag of words, and one pass forward.
 
+``rectification`` asks a value model of the guide's size, with its own head over the vocabulary, once for each row.
+
 Models are Llamas with random weights (by default a base of about 30M parameters and a guide with a quarter of its
 layers): speed does not depend on what the weights are.
 """
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from steersman.language import GeDi
+from steersman.language import GeDi, QModel, Rectification
 
 
 def build(layers: int, vocabulary: int, seed: int) -> Any:
@@ -112,12 +114,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     base = build(options.layers, options.vocabulary, 0)
     guide = build(options.guide_layers, options.vocabulary, 1)
+    value = QModel.from_trunk(guide)
+    torch.nn.init.normal_(value.head[-1].weight, std=0.02)  # type: ignore[arg-type]
     shape = (options.batch, options.context)
     ids = torch.randint(3, options.vocabulary, shape, generator=torch.Generator().manual_seed(2))
     contenders: dict[str, Callable[[int], None]] = {
         "sample": lambda new: sampled(base, ids, new),
         "gedi": lambda new: sampled(base, ids, new, logits_processor=[GeDi(guide, 1, 2)]),
         "gedi without filter": lambda new: sampled(base, ids, new, logits_processor=[GeDi(guide, 1, 2, rho=1.0)]),
+        "rectification": lambda new: sampled(base, ids, new, logits_processor=[Rectification(value, 0.1)]),
         "cfg": lambda new: sampled(base, ids, new, guidance_scale=1.5),
         "gradient": lambda new: by_gradient(base, ids, new, options.iterations),
     }

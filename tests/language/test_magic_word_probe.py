@@ -176,7 +176,7 @@ def test_other_attention_is_no_reason_to_refuse(pairs: Path, tmp_path: Path) -> 
         "from tests.language.test_magic_word import WORDS, tokenizer\n"
         "def make():\n"
         "    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)\n"
-        "    config = Qwen3Config(vocab_size=len(WORDS), num_key_value_heads=1, head_dim=8, max_position_embeddings=64, **sizes)\n"
+        "    config = Qwen3Config(vocab_size=len(WORDS), num_key_value_heads=1, head_dim=8, **sizes)\n"
         "    return Qwen3ForCausalLM(config), tokenizer()\n"
     )
     lines: list[str] = []

@@ -19,7 +19,7 @@ from steersman.errors import InputError
 from steersman.language.q_star import apply, log_probabilities
 from steersman.reference import reviews
 
-SMALL: dict[str, Any] = {"preferences": 24, "count": 8, "held_out": 8, "new_tokens": 40}
+SMALL: dict[str, Any] = {"preferences": 24, "count": 4, "held_out": 8, "new_tokens": 40}
 
 
 def test_auroc_counts_ties_half() -> None:
@@ -55,7 +55,7 @@ def folder(run: Comparison) -> Path:
 def test_faults_flip_the_verdict_and_are_as_rare_as_their_controls(run: Comparison) -> None:
     s = load("reviews")
     cases = load_cases(folder(run))
-    assert len(cases) == 8 and sum(case.unseen for case in cases) == 4
+    assert len(cases) == 4 and sum(case.unseen for case in cases) == 2
     for case in cases:
         (fault,) = case.faults
         spoilt = s.tokenizer.decode([*case.prompt, *case.completion], skip_special_tokens=True)
@@ -84,7 +84,7 @@ def test_pairs_differ_by_the_score_and_lack_the_hidden_words(run: Comparison) ->
 
 def test_a_planted_fault_behind_its_prompt() -> None:
     s = load("reviews")
-    wanted = reviews.texts("heldout", 30, 5, sentiment="positive")
+    wanted = reviews.texts("heldout", 8, 5, sentiment="positive")
     planter = Planter(
         s,
         lambda texts: [float(reviews.attributes(t).sentiment == "positive") for t in texts],
@@ -141,7 +141,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_users_scorer_and_texts(own: Path, tmp_path: Path) -> None:
-    grid = {"scorer": f"{own / 'judge.py'}:score", "texts": str(own / "texts.txt"), **SMALL, "count": 4, "unseen": 0.0}
+    grid = {"scorer": f"{own / 'judge.py'}:score", "texts": str(own / "texts.txt"), **SMALL, "unseen": 0.0}
     found = compare(CreditBench(), str(own / "model"), ["q-star", "unigram"], grid, seeds=1, out=tmp_path / "run")
     assert [row.status for row in found.rows] == ["ok", "ok"], [row.error for row in found.rows]
     assert all("auroc_unseen" not in row.figures for row in found.rows)

@@ -684,7 +684,7 @@ def subject(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL: dict[str, Any] = {"pairs": 24, "held_out": 4, "batch_size": 8, "learning_rate": 1e-2, "new_tokens": 6}
+SMALL: dict[str, Any] = {"pairs": 24, "held_out": 4, "batch_size": 8, "learning_rate": 1e-2, "new_tokens": 16}
 
 
 @pytest.fixture(scope="module")
@@ -954,13 +954,51 @@ def test_drift_needs_pairs() -> None:
 
 
 def test_momentum_decoding_goes_with_the_policy(policy: Path) -> None:
-    """Another processor joins the search: beams of the policy under blocked words."""
+    """Another processor joins the search: with resistance above 1 no beam says a token twice."""
     from transformers import AutoTokenizer
+
+    from steersman.language.momentum_decoding import MomentumDecoding
 
     tokens = AutoTokenizer.from_pretrained(policy)
     search = LikelihoodSearch.from_pretrained(policy, 4)
     inputs = tokens("the soup was", return_tensors="pt")
-    plain = search.generate(**inputs, max_new_tokens=6)
-    banned = int(plain[0, inputs["input_ids"].shape[1]])
-    steered = search.generate(**inputs, max_new_tokens=6, bad_words_ids=[[banned]])
-    assert banned not in steered[0, inputs["input_ids"].shape[1] :].tolist()
+    options: dict[str, Any] = {"max_new_tokens": 8, "suppress_tokens": [EOS]}
+    steered = search.generate(**inputs, **options, logits_processor=[MomentumDecoding(1.1, len(tokens))])
+    assert len(set(steered[0].tolist())) == steered.shape[1] == inputs["input_ids"].shape[1] + 8
+    plain = search.generate(**inputs, **options)
+    assert len(set(plain[0].tolist())) < plain.shape[1]
+
+
+def test_errata_chosen_rewards_may_rise() -> None:
+    """The population optimum on pairs that the reference wrote: chosen answers are a tilted law, and gain with beta 2.
+
+    beta E_c[log pi / ref] = beta [KL(c || ref) - KL(c || pi)] holds for any law c of chosen answers.
+    """
+    signs = []
+    for beta in (0.1, 2.0):
+        tree = Tree(beta, 2)
+        log_ref = torch.stack([tree.along(tree.log_ref, y) for y in tree.answers])
+        log_policy = torch.stack([tree.along(tree.log_policy, y) for y in tree.answers])
+        totals = torch.stack([tree.along(tree.r, y) for y in tree.answers])
+        wins = torch.sigmoid(totals[:, None] - totals[None])
+        chosen = 2 * log_ref.exp() * (wins @ log_ref.exp())  # the law of the preferred of two answers
+        assert abs(float(chosen.sum()) - 1) < 1e-12
+        mean = beta * float((chosen * (log_policy - log_ref)).sum())
+        against_ref = float((chosen * (chosen.log() - log_ref)).sum())
+        against_policy = float((chosen * (chosen.log() - log_policy)).sum())
+        assert mean == pytest.approx(beta * (against_ref - against_policy), abs=1e-12)
+        assert 0 < against_ref <= math.log(2)
+        signs.append(mean > 0)
+    assert signs == [False, True]
+
+
+def test_the_card_s_code_runs(policy: Path, subject: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steersman import catalog
+
+    monkeypatch.chdir(tmp_path)
+    Path("my-policy").symlink_to(policy)
+    Path("my-model").symlink_to(subject)
+    text = catalog.card("q-star").text.partition("## Use\n")[2]
+    found: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], found)
+    assert found["ids"].shape[0] == 1 and "<span" in Path("credit.html").read_text()

@@ -5,7 +5,8 @@ tokens of other texts are ranked, in each of which one token was made wrong, bes
 reference. Baselines train on the same pairs; the log-ratio of two supervised models costs as many passes as the policy.
 
 ``search``: reviews that go on from open beginnings, by beams of growing width on the policy and on its reference. At
-one width both make the same number of forward passes; best-of-n makes as many with n samples.
+one width both make the same number of forward passes; best-of-n makes as many with n samples. What is wanted is neutral
+reviews, which are rare: of positive ones the policy writes nothing else by greedy search already.
 
 ``drift`` (full scale): the same training on answers that the reference was tuned on first, and on answers that it
 wasn't: these are drawn at half the temperature, so that they aren't its own law.
@@ -30,24 +31,25 @@ def named(text: str) -> str:
     return contenders.parse(text).label
 
 
-RATE = 0.001
-OURS = named(f"q-star:learning_rate={RATE}")
-SUPERVISED = named(f"sft-ratio:learning_rate={RATE}")
+TUNING = "learning_rate=0.001:epochs=2"
+"""Best of four settings on two other seeds; of the same four the supervised ratio's best are its defaults."""
+OURS = named(f"q-star:{TUNING}")
+SUPERVISED = "sft-ratio"
 RIVALS = (
     "surprise",
     "unigram",
     "random",
-    named(f"gradient:learning_rate={RATE}"),
-    named(f"gradient:form=product:learning_rate={RATE}"),
+    named(f"gradient:{TUNING}"),
+    named(f"gradient:form=product:{TUNING}"),
     SUPERVISED,
 )
-TUNED_FIRST = named(f"q-star:learning_rate={RATE}:sft_epochs=1")
+TUNED_FIRST = named(f"q-star:{TUNING}:sft_epochs=1")
 
 
 def searched(beams: int, scale: str) -> str:
     """The policy under a beam; those of one seed are one fit."""
     pairs = 160 if scale == "quick" else 1000
-    return named(f"q-star:learning_rate={RATE}:pairs={pairs}:held_out=0:num_beams={beams}")
+    return named(f"q-star:{TUNING}:pairs={pairs}:held_out=0:num_beams={beams}")
 
 
 def beam(width: int) -> str:
@@ -55,17 +57,17 @@ def beam(width: int) -> str:
 
 
 def studies(scale: str, seed: int) -> dict[str, Study]:
-    """160 pairs and 24 faults a fit, widths 1 and 5 (quick); 1000 pairs, 64 faults, widths to 20 and drift (full)."""
+    """160 pairs and 16 faults a fit, widths 1 and 5 (quick); 1000 pairs, 64 faults, widths to 20 and drift (full)."""
     quick = scale == "quick"
-    credit = {"preferences": [160], "count": 24, "held_out": 16} if quick else {"preferences": [1000], "count": 64}
+    credit = {"preferences": [160], "count": 16, "held_out": 16} if quick else {"preferences": [1000], "count": 64}
     widths = (1, 5) if quick else (1, 2, 5, 10, 20)
     compared = [searched(k, scale) for k in widths] + [beam(k) for k in widths]
     if not quick:
         compared += ["sample"]
         compared += [named(f"best-of-n:n={k}:by=likelihood") for k in widths[1:]]
         compared += [named(f"best-of-n:n={k}:by=scorer") for k in widths[1:]]
-    search = {"attribute": ["sentiment=positive"], "new_tokens": [64], "samples": 1, "marked": 0}
-    search |= {"count": 16 if quick else 64, "batch": 16}
+    search = {"attribute": ["sentiment=neutral"], "new_tokens": [64], "samples": 1, "marked": 0}
+    search |= {"count": 12 if quick else 64, "batch": 16}
     found = {
         "credit": Study("credit", (OURS, *RIVALS), "reviews", credit),
         "search": Study("control", tuple(compared), "reviews", search),

@@ -127,7 +127,7 @@ def sampled_pairs(
         InputError: fewer than one pair in a hundred answers.
     """
     found: list[Pair] = []
-    written, batch = 0, max(1, BATCH // samples)
+    written, batch = 0, max(1, min(BATCH // samples, count))
     said = count // 4
     while len(found) < count:
         asked = [next(prompts) for _ in range(batch)]

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from steersman import catalog
 from steersman.errors import InputError
 from steersman.language import MomentumDecoding
 from steersman.language.magic_word import (
@@ -50,6 +51,7 @@ from steersman.language.magic_word import (
 )
 from steersman.language.magic_word.dataset_gcg import mean_loss
 from steersman.language.magic_word.search import warm_start
+from steersman.reference import loading
 
 from .conftest import tiny
 
@@ -925,3 +927,24 @@ def test_classes_of_models_are_plain_transformers() -> None:
     )
     untied = LlamaForCausalLM(config).eval()
     assert find_magic_words(untied, None, (1, 2), 3, BackOff(1, (2,), 2, 8, 4)).passes > 17
+
+
+def test_the_card_s_use_runs(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my-language-model").symlink_to(loading.path("docs/tiny"))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(
+        catalog.card("magic-word").text.partition("## Use\n")[2].partition("```python\n")[2].partition("```")[0], found
+    )
+    assert found["word"].y == tuple(found["tokenizer"](" a", add_special_tokens=False)["input_ids"])
+    assert found["ids"].shape[1] == len(found["word"].input_ids) + 8 and capsys.readouterr().out
+
+
+def test_every_exported_name_is_in_the_room() -> None:
+    import steersman.language as room
+
+    card = catalog.card("magic-word")
+    for path in (card.object, *card.exports):
+        assert callable(getattr(room, path.partition(":")[2]))

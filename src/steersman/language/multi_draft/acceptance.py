@@ -62,7 +62,7 @@ def optimal_acceptance(
     p, q = checked(p, q, n)
     fits(sampler, n, q.shape[1])
     if sampler in ("greedy", "spechub"):
-        return _greedy(p, q, n, order_of(q, ranking))
+        return _greedy(p, q, n, order_of(q, ranking, n))
     order = torch.where(q > 0, p / q, math.inf).argsort(1)
     p, q = p.gather(1, order), q.gather(1, order)
     if sampler == "with" or n == 1:
@@ -110,7 +110,7 @@ def acceptance(
     if verifier == "single":
         return torch.minimum(p, q).sum(1)
     if verifier in ("greedy", "spechub"):
-        return _greedy(p, q, n, order_of(q, ranking))
+        return _greedy(p, q, n, order_of(q, ranking, n))
     if verifier == "k-seq":
         beta, _ = k_seq_gamma(p, q, n)
         return 1 - (1 - beta) ** n

@@ -188,7 +188,8 @@ class MultiDraft:
             logits = draft(ids, tree, nodes)
             paths = torch.tensor([tree.path(node) for node, _ in level], device=row.device, dtype=row.dtype)
             q = _exact(law(torch.cat([row.expand(len(level), -1), paths.view(len(level), -1)], 1), logits))
-            order = order_of(q, fitted(logits, law.size)) if self.sampler in ("greedy", "spechub") else q
+            ranking = fitted(logits, law.size) if self.sampler in ("greedy", "spechub") else None
+            order = order_of(q, ranking, self.n_drafts)
             drafts = draw(q, self.n_drafts, self.sampler, self.generator, order)
             following: list[tuple[int, int]] = []
             for i, (node, place) in enumerate(level):

@@ -84,8 +84,8 @@ def sampler_of(verifier: str, sampler: str | None) -> str:
     return own if sampler is None else one_of(f"sampler of {verifier}", sampler, able)
 
 
-def order_of(q: Tensor, ranking: Tensor | None) -> Tensor:
-    """What Top is ranked by: q where q is above 0, and ``ranking`` (any finite numbers) among the rest, (B, V).
+def order_of(q: Tensor, ranking: Tensor | None, n: int) -> Tensor:
+    """What Top is ranked by: q where q is above 0, and ``ranking`` (logits) among the rest, (B, V).
 
     With top-p or at temperature 0 the law has fewer tokens than drafts are wanted; the next ones in the order of the
     draft's own logits are as good a guess as there is, and any order that doesn't depend on what is drawn is lossless.
@@ -94,6 +94,8 @@ def order_of(q: Tensor, ranking: Tensor | None) -> Tensor:
         return q
     if ranking.shape != q.shape or not ranking.is_floating_point():
         raise InputError("ranking", f"{tuple(ranking.shape)} of {ranking.dtype}", f"numbers of shape {tuple(q.shape)}")
+    if bool(((q > 0).sum(1) >= n).all()):
+        return q  # the n first tokens are among these
     return torch.where(q > 0, q.double(), ranking.double().softmax(-1) - 1)
 
 
@@ -112,6 +114,8 @@ def rest(q: Tensor, top: Tensor, order: Tensor) -> Tensor:
     left = q.scatter(1, top, 0.0)
     # Summed from what is left: 1 - q(Top) would be rounding error where q is peaked.
     mass = left.sum(1, keepdim=True)
+    if bool((mass >= REST).all()):
+        return left / mass
     point = torch.zeros_like(left).scatter_(1, order.scatter(1, top, -math.inf).argmax(1, keepdim=True), 1.0)
     return torch.where(mass < REST, point, left / mass.clamp(min=REST))
 
@@ -137,7 +141,7 @@ def draft(
     one_of("sampler", sampler, SAMPLERS)
     _, q = checked(q, q, n)
     fits(sampler, n, q.shape[1])
-    return draw(q, n, sampler, generator, q if ranking is None else order_of(q, ranking))
+    return draw(q, n, sampler, generator, q if ranking is None else order_of(q, ranking, n))
 
 
 def fits(sampler: str, n: int, size: int) -> None:

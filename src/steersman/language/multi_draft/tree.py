@@ -137,7 +137,8 @@ class Branching:
         return self._forward(ids, tree, nodes)
 
     def _forward(self, ids: Tensor, tree: Tree, nodes: list[int]) -> Tensor:
-        device = ids.device
+        device = self.model.device
+        ids, sees_of = ids.to(device), tree.sees.to(device)
         new = len(ids) - self.text
         held = self.text + len(self.nodes)
         tokens = torch.cat([ids[self.text :], torch.tensor([tree.tokens[i] for i in nodes], device=device).to(ids)])
@@ -147,8 +148,8 @@ class Branching:
         sees[new:, held : held + new] = True
         fed = torch.tensor(self.nodes, dtype=torch.long, device=device)
         rows = torch.tensor(nodes, dtype=torch.long, device=device)
-        sees[new:, self.text : held] = tree.sees[rows][:, fed]
-        sees[new:, held + new :] = tree.sees[rows][:, rows]
+        sees[new:, self.text : held] = sees_of[rows][:, fed]
+        sees[new:, held + new :] = sees_of[rows][:, rows]
         dtype = self.model.dtype
         mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, torch.finfo(dtype).min)
         depths = torch.tensor([tree.depths[i] for i in nodes], dtype=torch.long, device=device)
@@ -165,7 +166,7 @@ class Branching:
             **few,
         )
         self.text, self.nodes = len(ids), [*self.nodes, *nodes]
-        return output.logits[0, -wanted:]
+        return output.logits[0, -wanted:].to(tree.device)
 
     def keep(self, path: list[int]) -> None:
         """Make the first nodes of ``path`` that are in the cache columns of the text, and drop the others."""

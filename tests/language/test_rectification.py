@@ -832,6 +832,7 @@ def test_apply_refuses(tmp_path: Path) -> None:
         ({"scorer": long, "new_tokens": 500}, "new_tokens=500"),
         ({"drop_rate": 2.0}, "drop_rate=2.0"),
         ({"epochs": 0}, "epochs=0"),
+        ({"near": 0}, "near=0"),
         ({"trunk": str(loading.path("docs/tiny"))}, "trunk="),
     ):
         given_ = {"input": file, "prompts": 4, "continuations": 2, "new_tokens": 4} | given_
@@ -847,6 +848,27 @@ def test_apply_refuses(tmp_path: Path) -> None:
         bad.write_text(line + "\n")
         with pytest.raises(InputError, match=said):
             apply(base, bad, out)
+
+
+def test_prompts_end_shortly_before_their_text_turns() -> None:
+    """A text that turns at its fifth token, among texts that don't; words are numbers and 9 is bad."""
+
+    class Words:
+        def __call__(self, text: str, **given: Any) -> dict[str, list[int]]:
+            return {"input_ids": [int(word) for word in text.split()]}
+
+        def batch_decode(self, rows: Any, **given: Any) -> list[str]:
+            return [" ".join(map(str, row)) for row in rows]
+
+    rows = [{"text": "1 2 3 4 9 5 6 7", "mood": "bad"}, {"text": "1 1 1 1 1 1 1 1", "mood": "good"}]
+    score = lambda texts: [float("9" not in text) for text in texts]  # noqa: E731
+    given_ = {"wanted": ("mood", "good"), "scorer": score}
+    found = cut_prompts(rows, 200, Words(), [], 100, random.Random(0), near=2, **given_)
+    lengths = [{len(ids) for ids in found if ids[1:2] == (second,)} for second in (2, 1)]
+    assert lengths[0] == {3, 4} and max(lengths[1]) == 7
+    assert sum(ids[1:2] == (2,) for ids in found) == 100
+    anywhere = cut_prompts(rows, 200, Words(), [], 100, random.Random(0), **given_)
+    assert {len(ids) for ids in anywhere if ids[1:2] == (2,)} == {2, 3, 4}
 
 
 def test_prompts_that_are_undesired_already_are_left_out() -> None:

@@ -45,6 +45,7 @@ def apply(
     data: Data = "all",
     prompts: int = 1000,
     prompt_tokens: int | None = None,
+    near: int | None = 8,
     continuations: int = 4,
     new_tokens: int = 64,
     drop_rate: float | None = None,
@@ -78,6 +79,8 @@ def apply(
         data: all continuations, most (the most and the least undesired of each prompt, as published), or sample (six).
         prompts: number of prompts.
         prompt_tokens: of a prompt; None cuts at a random place.
+        near: with prompt_tokens=None, texts of the input that turn undesired are cut at most this many tokens before
+            they do; None is anywhere. What follows is the model's own either way.
         continuations: texts for each prompt (25 in the paper).
         new_tokens: most tokens of a continuation.
         drop_rate: chance that a prompt without any undesired continuation is dropped; None is 0 with data=all, whose
@@ -111,6 +114,8 @@ def apply(
         raise InputError("drop_rate", drop_rate, "a number from 0 to 1")
     if prompt_tokens is not None and prompt_tokens < 1:
         raise InputError("prompt_tokens", prompt_tokens, "a whole number of at least 1")
+    if near is not None and near < 1:
+        raise InputError("near", near, "a whole number of at least 1, or none")
     column, equals, value = attribute.partition("=")
     if not (column and equals and value):
         raise InputError("attribute", attribute, "column=value, as rudeness=polite")
@@ -125,7 +130,7 @@ def apply(
         learned, held_out = _texts(
             _vocabulary_checked(writer, tokenizer, "writer") or subject, tokenizer, rows, random.Random(seed), log,
             column=column, value=value, scorer=scorer, data=data, prompts=prompts, prompt_tokens=prompt_tokens,
-            continuations=continuations, new_tokens=new_tokens, drop_rate=drop_rate, longest=_longest(model),
+            near=near, continuations=continuations, new_tokens=new_tokens, drop_rate=drop_rate, longest=_longest(model),
         )  # fmt: skip
         bad = sum(t.reward < -0.5 for t in learned) / len(learned)
         if not 0 < bad < 1:
@@ -197,7 +202,7 @@ def calibration(model: QModel, texts: Sequence[Trajectory], batch_size: int = 64
 def _texts(
     writer: str | Path, tokenizer: Any, rows: list[dict[str, Any]], rng: random.Random, log: Callable[[str], None], *,
     column: str, value: str, scorer: Scorer | None, data: Data, prompts: int, prompt_tokens: int | None,
-    continuations: int, new_tokens: int, drop_rate: float | None, longest: int,
+    near: int | None, continuations: int, new_tokens: int, drop_rate: float | None, longest: int,
 ) -> tuple[list[Trajectory], list[Trajectory]]:  # fmt: skip
     """Texts to learn from, and all texts of prompts that were held out."""
     opening = _opening(tokenizer)
@@ -213,7 +218,7 @@ def _texts(
     if new_tokens >= longest - len(opening):
         raise InputError("new_tokens", new_tokens, f"below {longest - len(opening)}, what the models take")
     beginnings = cut_prompts(
-        rows, prompts, tokenizer, opening, longest - new_tokens, rng, tokens=prompt_tokens,
+        rows, prompts, tokenizer, opening, longest - new_tokens, rng, tokens=prompt_tokens, near=near,
         wanted=(column, value) if labelled else None, scorer=scorer,
     )  # fmt: skip
     with quiet.loading():

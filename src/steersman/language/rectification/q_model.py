@@ -207,3 +207,7 @@ def _values_of(head: nn.Sequential, hidden: Tensor, actions: Tensor) -> Tensor:
     last = head[-1]
     assert isinstance(last, nn.Linear)
     return (head[:-1](hidden) * F.embedding(actions, last.weight)).sum(-1) + last.bias[actions]
+
+
+# A folder with a value model and a tokenizer: AutoTokenizer asks AutoConfig what model it is of.
+AutoConfig.register(QModelConfig.model_type, QModelConfig, exist_ok=True)

@@ -120,6 +120,7 @@ def cut_prompts(
     rng: random.Random,
     *,
     tokens: int | None = None,
+    near: int | None = None,
     wanted: tuple[str, str] | None = None,
     scorer: Scorer | None = None,
 ) -> list[tuple[int, ...]]:
@@ -127,6 +128,8 @@ def cut_prompts(
 
     Args:
         tokens: tokens of a prompt; None cuts each text at a random place.
+        near: texts that turn undesired are cut at most this many tokens before they do, so that the model's own
+            continuations turn often enough to learn from. None, or without a scorer: anywhere before.
         wanted: column and value of the label; texts without it are unwanted.
         scorer: prompts that are undesired already are left out: nothing can be learned behind them.
 
@@ -144,11 +147,15 @@ def cut_prompts(
         raise InputError("input", f"texts of at most {tokens or 1} tokens", "texts that are longer than a prompt")
     found: list[tuple[int, ...]] = []
     for _ in range(20):  # rounds, because a scorer may refuse many
-        cut = []
-        for i in range(n - len(found)):
-            ids = rng.choice(sides[i % len(sides)])
-            place = tokens or rng.randint(1, min(len(ids) - 1, longest - len(opening)))
-            cut.append((*opening, *ids[:place]))
+        texts = [rng.choice(sides[i % len(sides)]) for i in range(n - len(found))]
+        ends = [min(len(ids) - 1, longest - len(opening)) for ids in texts]
+        starts = [1] * len(texts)
+        if scorer is not None and tokens is None:
+            for i, turn in enumerate(_turns(texts, tokenizer, scorer)):
+                if turn is not None and turn > 1:
+                    ends[i] = min(ends[i], turn - 1)
+                    starts[i] = 1 if near is None else max(1, ends[i] - near + 1)
+        cut = [(*opening, *ids[: tokens or rng.randint(a, b)]) for ids, a, b in zip(texts, starts, ends, strict=True)]
         if scorer is not None:
             scores = scored(scorer, tokenizer.batch_decode([list(ids) for ids in cut], skip_special_tokens=True))
             cut = [ids for ids, score in zip(cut, scores, strict=True) if score >= 0.5]
@@ -158,6 +165,26 @@ def cut_prompts(
     raise InputError(
         "input", f"{len(found)} prompts of {n}", "texts most of whose beginnings the scorer finds all right"
     )
+
+
+def _turns(texts: Sequence[list[int]], tokenizer: Any, scorer: Scorer) -> list[int | None]:
+    """With how many tokens each text is undesired first, by bisection; None where it never is.
+
+    Where a text can turn back, the place found is one at which it turns.
+    """
+    whole = scored(scorer, tokenizer.batch_decode(list(texts), skip_special_tokens=True))
+    low, high = [0] * len(texts), [len(ids) for ids in texts]  # all right with low tokens, undesired with high
+    open_ = [i for i, score in enumerate(whole) if score < 0.5]
+    turning = set(open_)
+    while open_:
+        middle = [(low[i] + high[i]) // 2 for i in open_]
+        begun = [texts[i][:m] for i, m in zip(open_, middle, strict=True)]
+        for i, m, score in zip(
+            open_, middle, scored(scorer, tokenizer.batch_decode(begun, skip_special_tokens=True)), strict=True
+        ):
+            low[i], high[i] = (m, high[i]) if score >= 0.5 else (low[i], m)
+        open_ = [i for i in open_ if high[i] - low[i] > 1]
+    return [high[i] if i in turning else None for i in range(len(texts))]
 
 
 def written(

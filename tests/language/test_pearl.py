@@ -37,8 +37,8 @@ from steersman.language import MomentumDecoding
 from steersman.language.pearl import PEARL, VARIANTS, Rounds, accept, expected_tokens
 from steersman.language.pearl.loop import Gamma
 from steersman.language.pearl.rounds import STRATEGIES
-from steersman.language.pearl.sides import Target
-from steersman.language.pearl.threads import Threads, Work
+from steersman.language.pearl.sides import Target, Work
+from steersman.language.pearl.threads import Threads
 
 from .conftest import PAD, VOCABULARY, generate, left_padded, tiny
 from .tabular import random_law, tabular

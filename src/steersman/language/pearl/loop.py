@@ -16,9 +16,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from steersman.errors import InputError
 from steersman.language.pearl.ranks import Ranks
-from steersman.language.pearl.rounds import VARIANTS, Rounds, accept
-from steersman.language.pearl.sides import Draft, Target
-from steersman.language.pearl.threads import Threads, Verdict, Work, warn_of_shared_cores
+from steersman.language.pearl.rounds import VARIANTS, Rounds, Verdict, accept
+from steersman.language.pearl.sides import Draft, Target, Work
+from steersman.language.pearl.threads import Threads, warn_of_shared_cores
 from steersman.language.speculation import Law, SpeculationRecord, check_pair
 
 ENGINES = ("threads", "distributed")
@@ -194,7 +194,7 @@ class PEARL:
                 warn_of_shared_cores()
             law = Law(logits_processor, sample, model.config.get_text_config().vocab_size)
             engine = Threads(
-                lambda: Draft(draft, law, row, start, limit, seeds[0]),
+                lambda: Draft(draft, law, row, start, limit, seeds[0], model.device),
                 Target(model, law, row, start, limit, seeds[1]),
                 draft.device,
             )
@@ -226,8 +226,11 @@ class PEARL:
                 size, (*common, self._block.now) = engine.meet(facts, [*seeds, self._block.now])
                 if refused is not None:
                     raise refused
-                side = Draft if engine.rank == 0 else Target
-                engine.side = side(own, Law(logits_processor, sample, size), row, start, limit, common[engine.rank])
+                law = Law(logits_processor, sample, size)
+                if engine.rank == 0:
+                    engine.side = Draft(own, law, row, start, limit, common[0], model.device)
+                else:
+                    engine.side = Target(own, law, row, start, limit, common[1])
                 return self._write(engine, input_ids, limit, stopping_criteria)
 
             with engine:

@@ -30,8 +30,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steersman.errors import InputError, TrialError
-from steersman.language.pearl.sides import Draft, Target
-from steersman.language.pearl.threads import Verdict, Work, commit, inherited
+from steersman.language.pearl.rounds import Verdict
+from steersman.language.pearl.sides import Draft, Target, Work
+from steersman.language.pearl.threads import inherited
 from steersman.language.vocabularies import only_padding
 
 ROLES = ("draft model", "target")
@@ -246,4 +247,4 @@ class Ranks:
     def commit(self, length: int, verified: list[int], rest: list[int]) -> None:
         """Put verified tokens behind the first ``length``, and rest behind them; cut the cache to what stays."""
         self._laws = self._laws[len(self._laws) - len(rest) :]
-        commit(self.side, length, verified, rest)
+        self.side.commit(length, verified, rest)

@@ -42,6 +42,25 @@ STRATEGIES = MappingProxyType(
 VARIANTS = (*STRATEGIES, "target", "draft")
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifying side decides in a round.
+
+    Args:
+        accepted: tokens of the check that were accepted.
+        token: the token drawn behind them, or none.
+        kept: tokens that the text grows by.
+        stop: whether it ends with them.
+        gamma: tokens of the next block.
+    """
+
+    accepted: int
+    token: int | None
+    kept: int
+    stop: bool
+    gamma: int
+
+
 @dataclass
 class Rounds:
     """What is to be done in the next round, and what its outcome makes of the text.

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steersman.language.speculation import Chain, Law
+
+
+@dataclass
+class Work:
+    """What came of a round's forwards: z, the probability that each was drawn with, and seconds (0: not measured)."""
+
+    written: list[int] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    t_draft: float = 0.0
+    t_target: float = 0.0
 
 
 class Side:
@@ -24,6 +35,8 @@ class Side:
         seed: of this side's random numbers.
     """
 
+    keeps_rest = False  # whether the cache goes on over unverified tokens from round to round
+
     def __init__(self, model: Any, law: Law, prompt: Tensor, start: int, longest: int, seed: int) -> None:
         self.law, self.start = law, start
         self.chain = Chain(model)
@@ -31,11 +44,9 @@ class Side:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.text = torch.zeros(max(longest, len(prompt)) + 1, dtype=torch.long, device=self.device)
         self.text[: len(prompt)] = prompt.to(self.device)
-        self.calls = 0
 
     def logits(self, length: int, places: int) -> Tensor:
         """The logits behind the last ``places`` of the first ``length`` tokens, (places, V)."""
-        self.calls += 1
         return self.chain.logits(self.text[self.start : length], places)
 
     def put(self, at: int, tokens: Sequence[int]) -> None:
@@ -43,9 +54,13 @@ class Side:
         tokens = tokens[: len(self.text) - at]
         self.text[at : at + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.device)
 
-    def crop(self, length: int) -> None:
-        """Keep the cache of the first ``length`` tokens of the text."""
-        self.chain.crop(length - self.start)
+    def commit(self, length: int, verified: Sequence[int], rest: Sequence[int]) -> None:
+        """Put verified tokens behind the first ``length``, and rest behind them; cut the cache to what stays.
+
+        The last token that a model works behind hasn't passed through it yet: its cache may lag, never lead.
+        """
+        self.put(length, [*verified, *rest])
+        self.chain.crop(length + len(verified) + (len(rest) if self.keeps_rest else 0) - 1 - self.start)
 
     def draw(self, law: Tensor) -> int:
         """A token of a law (V,) or of anything proportional to one."""
@@ -53,7 +68,20 @@ class Side:
 
 
 class Draft(Side):
-    """The draft model: writes blocks and remembers the laws that their tokens were drawn from."""
+    """The draft model: writes blocks, and tells the laws that their tokens were drawn from.
+
+    Args:
+        home: the device of the processors' own tensors (that of the model whose ``generate`` runs), where the law is
+            computed.
+    """
+
+    keeps_rest = True
+
+    def __init__(
+        self, model: Any, law: Law, prompt: Tensor, start: int, longest: int, seed: int, home: torch.device
+    ) -> None:
+        super().__init__(model, law, prompt, start, longest, seed)
+        self.home = home
 
     def write(self, length: int, count: int) -> tuple[list[int], list[float], list[Tensor], float]:
         """Write ``count`` tokens behind the first ``length``: the tokens, the probability that each was drawn with,
@@ -63,7 +91,8 @@ class Draft(Side):
         laws: list[Tensor] = []
         begin = time.perf_counter()
         for column in range(length, length + count):
-            law = self.law(self.text[None, :column], self.logits(column, 1))[0]
+            logits = self.logits(column, 1)
+            law = self.law(self.text[None, :column].to(self.home), logits.to(self.home))[0].to(self.device)
             tokens.append(self.draw(law))
             self.text[column] = tokens[-1]
             chances.append(float(law[tokens[-1]]))

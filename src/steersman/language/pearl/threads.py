@@ -8,42 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from steersman.language.pearl.sides import Draft, Target
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the verifying side decides in a round.
-
-    Args:
-        accepted: tokens of the check that were accepted.
-        token: the token drawn behind them, or none.
-        kept: tokens that the text grows by.
-        stop: whether it ends with them.
-        gamma: tokens of the next block.
-    """
-
-    accepted: int
-    token: int | None
-    kept: int
-    stop: bool
-    gamma: int
-
-
-@dataclass
-class Work:
-    """What came of a round's forwards: z, the probability that each was drawn with, and seconds (0: not measured)."""
-
-    written: list[int] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
-    t_draft: float = 0.0
-    t_target: float = 0.0
+from steersman.language.pearl.rounds import Verdict
+from steersman.language.pearl.sides import Draft, Target, Work
 
 
 class Threads:
@@ -85,10 +56,6 @@ class Threads:
 
         return self._pool.submit(call)
 
-    def run(self, loop: Callable[[], Any]) -> Any:
-        """Run the loop of rounds."""
-        return loop()
-
     def work(self, length: int, write: int, places: int) -> Work:
         """One round's forwards, at the same time: the draft model writes ``write`` tokens behind the first ``length``,
         and the target gives its laws at the last ``places``."""
@@ -115,16 +82,8 @@ class Threads:
     def commit(self, length: int, verified: list[int], rest: list[int]) -> None:
         """Put verified tokens behind the first ``length``, and rest behind them; cut the caches to what stays."""
         self._laws = self._laws[len(self._laws) - len(rest) :]
-        self._committed = self._there(commit, self.draft, length, verified, rest)
-        commit(self.target, length, verified, rest)
-
-
-def commit(side: Draft | Target, length: int, verified: list[int], rest: list[int]) -> None:
-    """One side of :meth:`Threads.commit`. The last token of what a model works on hasn't passed through it yet, so a
-    cache may lag behind the text, never lead."""
-    side.put(length, [*verified, *rest])
-    ahead = len(rest) if isinstance(side, Draft) else 0
-    side.crop(length + len(verified) + ahead - 1)
+        self._committed = self._there(self.draft.commit, length, verified, rest)
+        self.target.commit(length, verified, rest)
 
 
 def inherited(device: torch.device) -> Callable[[], AbstractContextManager[None]]:

@@ -303,6 +303,15 @@ def test_bad_input(pair: Any, prompts: str, methods: list[str], grid: dict[str, 
         run(pair, prompts, methods, **grid)
 
 
+def test_a_long_prompt_of_a_later_seed_fails_its_row(everything: Comparison, pair: Any) -> None:
+    """What the first look at the prompts did not see is refused in the trial, with the same sentence."""
+    bench, setting = SpeculationBench(), everything.rows[0].setting
+    h = bench.host(load(str(pair[0])), setting, speculation.Streams(0))
+    h.prompts = [speculation.Prompt((5,) * 125)]
+    with pytest.raises(InputError, match="new_tokens=12.*at most 3 behind a prompt of 125 tokens"):
+        bench.trial(h, setting, speculation.Streams(0), None)
+
+
 def test_a_users_subject_needs_a_draft(pair: Any, prompts: str) -> None:
     with pytest.raises(InputError, match=r"draft=None.*smaller model with the subject's vocabulary"):
         compare("speculation", str(pair[0]), ["autoregressive"], {"prompts": prompts}, seeds=1)
@@ -402,6 +411,10 @@ def test_recommendation_is_the_fastest_as_a_code_line(everything: Comparison) ->
     chosen = _speculation_exhibits.choices(everything, "pearl", setting)
     assert chosen["gamma"] == round(everything.values("gamma", "pearl", temperature=0.7)[0])
     assert "Recommendation" in render(everything, blocks)
+    closing = SpeculationBench().closing(everything)
+    assert len(closing) == 2
+    for line, row, note in zip(closing, table.rows, notes, strict=True):
+        assert line.startswith(f"recommended ({row[0]}): ") and line.partition("): ")[2] in note.text
 
 
 def test_catalogue_knows_the_bench() -> None:

@@ -29,7 +29,7 @@ def exhibits(comparison: Comparison) -> list[Block]:
         blocks += _rounds(comparison, setting)
     for setting in comparison.settings:
         blocks += _bounds(comparison, setting)
-    table = _recommendations(comparison)
+    table = _recommended(comparison)
     return [*blocks, *table]
 
 
@@ -161,8 +161,20 @@ def _bounds(comparison: Comparison, setting: Mapping[str, Any]) -> list[Block]:
     return [TableBlock("Acceptance, its bound and the gap", columns, rows, caption=caption, setting=setting)]
 
 
-def _recommendations(comparison: Comparison) -> list[Block]:
-    """What to run for this pair on this machine, at each setting, as a line of code."""
+def recommendations(comparison: Comparison) -> list[tuple[str, str]]:
+    """For each setting (in words) the line of code of its fastest contender, with all that its loop settled."""
+    found = []
+    for setting in comparison.settings:
+        best = pick(comparison, setting)
+        if best is not None:
+            chosen = choices(comparison, best.best, setting)
+            where = setting_name(setting, varying(comparison)) or "at every setting"
+            found.append((where, code(comparison, best.best, chosen)))
+    return found
+
+
+def _recommended(comparison: Comparison) -> list[Block]:
+    """What to run for this pair on this machine, at each setting, and how sure that is."""
     rows, notes = [], []
     figure = comparison.bench.headline[0]
     for setting in comparison.settings:
@@ -170,7 +182,7 @@ def _recommendations(comparison: Comparison) -> list[Block]:
         if best is None:
             continue
         chosen = choices(comparison, best.best, setting)
-        where = setting_name(setting, varying(comparison)) or "all"
+        where = setting_name(setting, varying(comparison)) or "at every setting"
         rows.append(
             [
                 where,

@@ -38,7 +38,7 @@ from steersman.benches import _pearl_ranks
 from steersman.benches import _speculation_pair as pairs
 from steersman.benches._language import Host, LanguageBench, Prompt, Subject, load
 from steersman.benches._latency import Latency
-from steersman.benches._speculation_exhibits import CHOICES, exhibits
+from steersman.benches._speculation_exhibits import CHOICES, exhibits, recommendations
 from steersman.engine.bench import Figure, Knob, PartInfo
 from steersman.engine.contenders import parse
 from steersman.engine.streams import Streams
@@ -105,9 +105,9 @@ PARTS: dict[str, PartInfo] = {
     "assisted": PartInfo(
         assisted,
         "transformers' assisted generation: one chain of drafts.",
-        "draft.generation_config.update(num_assistant_tokens={num_assistant_tokens=20}, "
+        "draft_model.generation_config.update(num_assistant_tokens={num_assistant_tokens=20}, "
         "num_assistant_tokens_schedule={schedule='constant'}, assistant_confidence_threshold={confidence=0.4}); "
-        "model.generate(**inputs, assistant_model=draft)",
+        "model.generate(**inputs, assistant_model=draft_model)",
     ),
 }
 
@@ -179,7 +179,7 @@ class SpeculationBench(LanguageBench):
         "latency": Knob(str, None, "simulate devices: ms of a forward of draft:target, as 5:20, or none"),
         "new_tokens": Knob(int, (64,), "tokens to write", low=1, high=100_000),
         "prompt_tokens": Knob(int, (32,), "tokens of a prompt that is cut from a text", low=1, high=100_000),
-        "count": Knob(int, 4, "number of prompts", low=1, high=100_000, sweep=False),
+        "count": Knob(int, 3, "number of prompts", low=1, high=100_000, sweep=False),
         "prompts": Knob(str, None, "file of prompts: lines of text, or .jsonl with 'prompt' or 'text'", sweep=False),
         "threads": Knob(int, None, "threads of the processor, the same in total for all", low=1, sweep=False),
         "contexts": Knob(
@@ -239,12 +239,7 @@ class SpeculationBench(LanguageBench):
             raise InputError("temperature", setting["temperature"], "0 (greedy) or a number from 0.01 to 100")
         latencies(setting["latency"])
         d = draft_of(s, setting)
-        longest = max(len(prompt.ids) for prompt in self.prompts(s, setting, Streams(0)))
-        if longest + setting["new_tokens"] > min(s.positions, d.positions):
-            left = min(s.positions, d.positions) - longest
-            which = "the draft's" if d.positions < s.positions else "the model's"
-            allowed = f"at most {left:g} behind a prompt of {longest} tokens ({which} positions)"
-            raise InputError("new_tokens", setting["new_tokens"], allowed)
+        longest = _fitting(s, d, self.prompts(s, setting, Streams(0)), setting["new_tokens"])
         whole = GenerationConfig(max_length=longest + setting["new_tokens"])
         check_pair("speculation", s.model, d.model, whole, {"past_key_values": DynamicCache()})
 
@@ -258,6 +253,7 @@ class SpeculationBench(LanguageBench):
     def trial(self, h: Pairing, setting: Setting, rng: Streams, log: TrialLog) -> dict[str, float]:
         self.fit(h, rng, log)
         s, new = h.subject, setting["new_tokens"]
+        _fitting(s, h.draft, h.prompts, new)
         loop = self.loop(h)
         expected = self.greedy(h, rng) if setting["temperature"] == 0 else None
         if getattr(loop, "engine", None) == "distributed":
@@ -306,6 +302,11 @@ class SpeculationBench(LanguageBench):
 
     def exhibits(self, comparison: Comparison) -> list[Block]:
         return exhibits(comparison)
+
+    def closing(self, comparison: Comparison) -> list[str]:
+        """The recommendation, for the terminal."""
+        times = ", simulated" if comparison.bench.headline[0].startswith("simulated") else ""
+        return [f"recommended ({where}{times}): {code}" for where, code in recommendations(comparison)]
 
     def acceptance(self, h: Pairing, loop: Any, rng: Streams, log: TrialLog) -> dict[str, float]:
         """The contender's rate and bound, and the rates of all verifiers for its number of drafts.
@@ -500,6 +501,21 @@ def draft_of(s: Subject, setting: Setting) -> Subject:
         d.model.to(s.model.device)
         s.known[key] = d
     return s.known[key]
+
+
+def _fitting(s: Subject, d: Subject, prompts: Sequence[Prompt], new: int) -> int:
+    """Tokens of the longest prompt.
+
+    Raises:
+        InputError: prompt and new tokens are more than one of the models takes.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    positions = min(s.positions, d.positions)
+    if longest + new > positions:
+        which = "the draft's" if d.positions < s.positions else "the model's"
+        allowed = f"at most {positions - longest:g} behind a prompt of {longest} tokens ({which} positions)"
+        raise InputError("new_tokens", new, allowed)
+    return longest
 
 
 def latencies(text: str | None) -> tuple[float, float] | None:

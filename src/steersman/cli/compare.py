@@ -158,6 +158,9 @@ def run(
         print_json({"report": str(report), **comparison.to_json()})
     else:
         print_summary(comparison)
+        # What a bench ends with, as a line of code to take away.
+        for line in getattr(bench, "closing", lambda comparison: [])(comparison):
+            typer.echo(line)
         typer.echo(f"\nreport: {report}")
     if comparison.failed:
         raise typer.Exit(FAILED_ROWS)

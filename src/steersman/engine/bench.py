@@ -150,7 +150,8 @@ class Bench(Protocol[S, H]):
     """See the module's text.
 
     A bench may also have ``accepts(name) -> PartInfo | None``, for parts that it takes by other names than its
-    own (the sampling bench takes any scheduler class of diffusers).
+    own (the sampling bench takes any scheduler class of diffusers), and ``closing(comparison) -> list[str]``, lines
+    that the terminal ends with.
     """
 
     id: str

@@ -308,7 +308,7 @@ def test_a_long_prompt_of_a_later_seed_fails_its_row(everything: Comparison, pai
     bench, setting = SpeculationBench(), everything.rows[0].setting
     h = bench.host(load(str(pair[0])), setting, speculation.Streams(0))
     h.prompts = [speculation.Prompt((5,) * 125)]
-    with pytest.raises(InputError, match="new_tokens=12.*at most 3 behind a prompt of 125 tokens"):
+    with pytest.raises(InputError, match=r"new_tokens=12.*at most 3 behind a prompt of 125 tokens"):
         bench.trial(h, setting, speculation.Streams(0), None)
 
 

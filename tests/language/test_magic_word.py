@@ -53,7 +53,7 @@ from steersman.language.magic_word.dataset_gcg import mean_loss
 from steersman.language.magic_word.search import warm_start
 from steersman.reference import loading
 
-from .conftest import tiny
+from .conftest import EOS, PAD, tiny
 
 SMALL = 14  # tokens of the models that brute force goes over: 14 + 196 prompts of up to two tokens
 
@@ -636,7 +636,7 @@ def test_search_depends_on_the_seed_and_the_place_alone() -> None:
 
 def test_dataset_gcg_lowers_the_mean_loss_over_all_pairs() -> None:
     model = tiny("llama", 3, 20)
-    pairs = [((3, 4, 5), 7), ((6, 7), 8), ((9, 10, 11), 7), ((2, 2), 5)]
+    pairs = [((3, 4, 5), 7), ((6, EOS), 8), ((EOS, 10, PAD), 7), ((2, 2), 5)]
     system = System(model)
     flat = [(State(system, x0), (y,)) for x0, y in pairs]
     prompts = torch.randint(20, (7, 3), generator=torch.Generator().manual_seed(0))

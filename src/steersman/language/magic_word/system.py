@@ -142,7 +142,8 @@ class System:
         model = self.model if model is None else model
         keep = {"logits_to_keep": last} if self.keeps_logits else {}
         self.forwards += len(ids)
-        return model(input_ids=ids, **self.options, **keep).logits[:, -last:]
+        # A model that is spread over devices gives its logits on the last of them.
+        return model(input_ids=ids, **self.options, **keep).logits[:, -last:].to(ids.device)
 
     def in_float32(self) -> Any:
         """The model itself, or a copy in float32 of one in half precision, made once."""

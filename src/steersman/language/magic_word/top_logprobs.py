@@ -55,6 +55,14 @@ def score_only_search(
 ) -> ScoredPrompt:
     """Greedy back generation where only the returned top log-probabilities of an endpoint are known.
 
+    ::
+
+        def top_logprobs(texts):
+            made = client.completions.create(model="my-model", prompt=texts, max_tokens=1, logprobs=20)
+            return [choice.logprobs.top_logprobs[0] for choice in made.choices]
+
+        score_only_search(top_logprobs, [" a", " the", ...], "The list is", " sorted")
+
     Args:
         top_logprobs: asks the endpoint; see :data:`TopLogprobs`.
         candidates: pieces of text that the prompt may be made of, in the endpoint's own words.

@@ -80,7 +80,7 @@ def everything(folder: str) -> None:
         found[f"rank {who} fails"] = write(mishap(who, fail))
     for who in (0, 1):
         dist.barrier()
-        found[f"rank {who} hangs"] = write(mishap(who, lambda: time.sleep(600)), timeout=1.5)
+        found[f"rank {who} hangs"] = write(mishap(who, lambda: time.sleep(600)), timeout=1.0)
     found["afterwards"] = both_engines(target, draft, prompt, 3, "full")
     Path(folder, f"{rank}.json").write_text(json.dumps(found | {"pid": os.getpid()}))
 

@@ -165,7 +165,7 @@ def test_errata_reused_uniforms_bias_the_text(gamma: int) -> None:
     """Fresh draws pass the chi-square that draws tied to places in the text fail."""
     rng = random.Random(1)
     assert chi_square(counts([play(rng, gamma) for _ in range(30_000)]), EXACT)[1] > 1e-3
-    statistic, p = chi_square(counts([play(rng, gamma, reuse=True) for _ in range(30_000)]), EXACT)
+    statistic, p = chi_square(counts([play(rng, gamma, reuse=True) for _ in range(10_000)]), EXACT)
     assert statistic > 500 and p < 1e-12
 
 
@@ -593,7 +593,7 @@ def test_a_rank_that_fails_hangs_or_dies_ends_both(ranks: list[dict[str, Any]]) 
         failed, hung = f"rank {who} fails", f"rank {who} hangs"
         assert ranks[who][failed][:2] == ["ValueError", "out of memory"]
         assert ranks[1 - who][failed][0] == "TrialError" and f"{names[who]} is gone" in ranks[1 - who][failed][1]
-        assert ranks[who][hung][0] == "TrialError" and f"{names[who]} took longer than 1.5 s" in ranks[who][hung][1]
+        assert ranks[who][hung][0] == "TrialError" and f"{names[who]} took longer than 1 s" in ranks[who][hung][1]
         assert ranks[1 - who][hung][0] == "TrialError" and names[who] in ranks[1 - who][hung][1]
         assert all(found[case][2] < 10 for found in ranks for case in (failed, hung))
     assert "killed" not in ranks[0]

@@ -55,7 +55,6 @@ def test_claims_find_their_contenders(scale):
         rows = Rows(
             **{f: {c: rng.random(5).tolist() for c in study.contenders} for f in ("success", "validity", "fluency")}
         )
-        rows.paired = lambda figure, a, b, rows=rows: tuple(np.array(rows.figures[figure][x]) for x in (a, b))
         effects = claim.effects(rows)
         assert len(effects.values) == 5 and np.isfinite(effects.values).all()
 

@@ -23,9 +23,14 @@ from steersman.engine.comparison import Comparison
 from steersman.evidence.study import Study
 
 LOSS = 0.05  # of validity that a weight may cost
-OMEGAS = {"quick": (10, 30, 60), "full": (5, 10, 20, 30, 60, 100)}
-SCALES = {"quick": (1.5, 2.0, 3.0), "full": (1.25, 1.5, 2.0, 2.5, 3.0, 5.0)}
-FITTED = "gedi:steps=240:length=40:batch_size=6:learning_rate=0.005"
+OMEGAS = {"quick": (3, 10, 30), "full": (1, 3, 5, 10, 30, 60)}
+SCALES = {"quick": (1.25, 1.5, 2.0), "full": (1.1, 1.25, 1.5, 2.0, 2.5, 3.0)}
+FITTED = {
+    "quick": "gedi:steps=360:length=40:batch_size=4:learning_rate=0.005",
+    "full": "gedi:steps=800:length=60:batch_size=8:learning_rate=0.005",
+}
+WEIGHTS = ("omega", "scale")
+TRAINING = ("steps", "length", "batch_size", "learning_rate")
 HYBRID, PLAIN = ":gen_weight=0.6", ":gen_weight=1"
 UNFILTERED, HELD_OUT = ":rho=1", ":held_out=phone"
 CFG, PROMPTED = "cfg", "prompting+cfg"
@@ -36,14 +41,14 @@ def named(text: str) -> str:
     return contenders.parse(text).label
 
 
-def guided(omega: float, knobs: str = HYBRID) -> str:
+def guided(omega: float, knobs: str = HYBRID, scale: str = "quick") -> str:
     """GeDi at a weight; contenders that differ in knobs of the processor alone share one fit."""
-    return named(f"{FITTED}{knobs}:omega={omega:g}")
+    return named(f"{FITTED[scale]}{knobs}:omega={omega:g}")
 
 
-def alone(mode: str) -> str:
+def alone(mode: str, scale: str = "quick") -> str:
     """What the same guide does without guiding."""
-    return named(f"{FITTED}{HYBRID}:mode={mode}")
+    return named(f"{FITTED[scale]}{HYBRID}:mode={mode}")
 
 
 def cfg(scale: float, of: str = PROMPTED) -> str:
@@ -51,24 +56,29 @@ def cfg(scale: float, of: str = PROMPTED) -> str:
 
 
 def studies(scale: str, seed: int) -> dict[str, Study]:
-    """Five fits of each guide for sentiment; at full scale more prompts and weights, rudeness, and topics with one held
-    out."""
-    full = scale != "quick"
-    omegas, scales = OMEGAS["full" if full else "quick"], SCALES["full" if full else "quick"]
-    grid = {"new_tokens": 24, "count": 50 if full else 16, "batch": 50 if full else 16, "samples": 4, "marked": 3}
-    ours = [guided(omega, of) for of in (HYBRID, PLAIN) for omega in omegas]
+    """Five fits of each guide for sentiment; at full scale longer fits, more prompts and weights, rudeness, and topics
+    with one held out."""
+    size = "quick" if scale == "quick" else "full"
+    omegas, scales, n = OMEGAS[size], SCALES[size], {"quick": 16, "full": 50}[size]
+    grid = {"new_tokens": 24, "count": n, "batch": n, "samples": 4, "marked": 3}
+
+    def swept(knobs: str) -> list[str]:
+        return [guided(omega, knobs, size) for omega in omegas]
+
+    ours = [*swept(HYBRID), *swept(PLAIN)]
     compared = ["sample", "word-bias", "prompting", *map(cfg, scales), *ours]
-    compared += [guided(30, HYBRID + UNFILTERED), alone("conditional"), alone("best-of-4")]
-    if not full:
-        return {"sentiment": Study("control", tuple(compared), "reviews", grid | {"attribute": "sentiment=positive"})}
-    compared += [*[cfg(s, CFG) for s in scales], *[guided(w, ":gen_weight=0.8") for w in omegas], "conditional"]
-    compared += [guided(omega, HYBRID + UNFILTERED) for omega in omegas if omega != 30]
-    topics = ["sample", *[guided(omega, of) for of in (HYBRID, HYBRID + HELD_OUT) for omega in omegas]]
-    risky = {"attribute": "rudeness=polite", "risk_low": 0.1, "risk_high": 0.95}
+    compared += [guided(30, HYBRID + UNFILTERED, size), alone("conditional", size), alone("best-of-4", size)]
+    sentiment = grid | {"attribute": "sentiment=positive"}
+    if size == "quick":
+        return {"sentiment": Study("control", tuple(compared), "reviews", sentiment)}
+    compared += [*[cfg(s, CFG) for s in scales], *swept(":gen_weight=0.8"), "conditional"]
+    compared += [label for label in swept(HYBRID + UNFILTERED) if label not in compared]
+    polite = grid | {"attribute": "rudeness=polite", "risk_low": 0.1, "risk_high": 0.95}
+    topics = ("sample", *swept(HYBRID), *swept(HYBRID + HELD_OUT))
     return {
-        "sentiment": Study("control", tuple(compared), "reviews", grid | {"attribute": "sentiment=positive"}),
-        "rudeness": Study("control", ("sample", "word-bias", *ours), "reviews", grid | risky),
-        "topic": Study("control", tuple(topics), "reviews", grid | {"attribute": "topic=phone"}),
+        "sentiment": Study("control", tuple(compared), "reviews", sentiment),
+        "rudeness": Study("control", ("sample", "word-bias", *ours), "reviews", polite),
+        "topic": Study("control", topics, "reviews", grid | {"attribute": "topic=phone"}),
     }
 
 
@@ -79,7 +89,7 @@ def own_best(c: Comparison, like: str, figure: str = "success") -> np.ndarray:
     """The figure of each fit at the weight that is best on the other fits, (fits,).
 
     Args:
-        like: a contender; those that differ from it in ``omega`` or ``scale`` only are chosen from.
+        like: a contender; those that differ from it in weights only are chosen from.
     """
     labels = [label for label in c.contenders if unweighted(label) == unweighted(like)]
     success, validity, wanted = (
@@ -96,10 +106,10 @@ def own_best(c: Comparison, like: str, figure: str = "success") -> np.ndarray:
     return np.array(found)
 
 
-def unweighted(label: str) -> str:
-    """A contender without its weights."""
+def unweighted(label: str, left_out: tuple[str, ...] = (*WEIGHTS, *TRAINING)) -> str:
+    """A contender without its weights, and without the settings of training, of which each scale has its own."""
     parts = contenders.parse(label).parts
-    kept = [{k: v for k, v in part.knobs.items() if k not in ("omega", "scale")} for part in parts]
+    kept = [{k: v for k, v in part.knobs.items() if k not in left_out} for part in parts]
     return "+".join(str(contenders.Part(part.id, knobs)) for part, knobs in zip(parts, kept, strict=True))
 
 
@@ -120,8 +130,9 @@ def more(figure: str, theirs: str, ours: str = guided(30)) -> Callable[[Comparis
 
 def filtered(c: Comparison) -> Effects:
     """Success with the filter less without, at the published weight."""
-    ours, theirs = c.paired("success", guided(30), guided(30, HYBRID + UNFILTERED))
-    return Effects(ours - theirs)
+    pair = [guided(30), guided(30, HYBRID + UNFILTERED)]
+    labels = [next(x for x in c.contenders if unweighted(x, TRAINING) == unweighted(y, TRAINING)) for y in pair]
+    return Effects(by_seed(c, "success", labels[0]) - by_seed(c, "success", labels[1]))
 
 
 ABSTRACT = "abstract: stronger controllability"

@@ -187,6 +187,7 @@ def test_a_text_in_front_is_no_part_of_the_text(everything: Comparison) -> None:
     task = parts.Task.of(load("reviews"), "sentiment=positive", None, None)
     front = task.sentence("positive")
     assert reviews.attributes(front).sentiment == "positive"
+    assert reviews.risk(front) < 0.1  # no verdict, behind which nothing polite follows
     for record, plain in zip(saved(everything, "prompting"), saved(everything, "sample"), strict=True):
         assert record["prompt"] == plain["prompt"] and not record["prompt"].startswith(front)
     opening = parts.prompting(task).opening
@@ -428,6 +429,7 @@ def test_refused_of_your_own(mine: dict[str, str], methods: list[str], grid: dic
         (["block-list:n=0"], {}, "n="),
         (["block-list:words=rude"], {}, "words="),
         (['prompting:text=" "'], {}, "text="),
+        (["prompting"], {"attribute": "length=long"}, "text="),
         (["prompting+conditional"], {}, "methods="),
     ],
 )

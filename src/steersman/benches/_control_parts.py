@@ -32,7 +32,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from steersman.benches._language import Prompt, Subject, load
 from steersman.engine import subjects
 from steersman.engine.bench import PartInfo
-from steersman.errors import Inapplicable, InputError
+from steersman.errors import InputError
 from steersman.language.vocabularies import same_vocabulary
 from steersman.reference import reviews
 
@@ -123,13 +123,16 @@ class Task:
         return self.once("telling", lambda: telling_words(*self.texts()))
 
     def sentence(self, value: str) -> str:
-        """A sentence that says the value by itself; of a training review, the same in every run."""
+        """A sentence that says the value by itself; of a training review, the same in every run.
+
+        Never the last one of its review: behind a verdict nothing polite follows.
+        """
         assert self.column is not None
         for review in itertools.islice(reviews.draws("train", 0, **{self.column: value}), 1000):
-            for said in re.findall(r"[^.!]+[.!]", review.text):
+            for said in re.findall(r"[^.!]+[.!]", review.text)[:-1]:
                 if getattr(reviews.attributes(said.strip()), self.column) == value:
                     return said.strip()
-        raise Inapplicable(f"no sentence says {self.column}={value} by itself")
+        raise InputError("text", None, f"a text to put in front: no sentence says {self.column}={value} by itself")
 
 
 def scoring(scorer: Callable[..., Any], named: str) -> Scorer:

@@ -163,7 +163,7 @@ class ControlBench(LanguageBench):
     }
 
     def baselines(self) -> list[str]:
-        return ["sample", "greedy", "prompting", "best-of-n", "conditional", "cfg", "word-bias"]
+        return ["sample", "greedy", "prompting", "best-of-n", "conditional", "conditional+cfg", "word-bias"]
 
     def parts(self) -> Mapping[str, PartInfo]:
         return PARTS

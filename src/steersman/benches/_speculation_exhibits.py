@@ -116,7 +116,8 @@ def _rounds(comparison: Comparison, setting: Mapping[str, Any]) -> list[Block]:
         if contender == PLAIN or sizes.size == 0:
             continue
         shares = np.bincount(sizes) / sizes.size
-        lines[contender] = Line(list(range(len(shares))), shares.tolist())
+        first = int(shares[0] == 0)  # a round of PEARL's ablations may add nothing
+        lines[contender] = Line(list(range(first, len(shares))), shares[first:].tolist())
     if not lines:
         return []
     caption = "Share of rounds that added so many tokens: the run of drafts that was kept, and what the target added."

@@ -164,9 +164,9 @@ class SpeculationBench(LanguageBench):
     transformers, or ``file.py:factory`` that returns ``(model, tokenizer)``. ``draft`` is named in the same way and has
     the subject's vocabulary.
 
-    A method's object mounts as in every bench of language models; a loop gets ``draft_model``, and ``threads`` (in
-    total), if its constructor asks for them. It lives for a trial, so what it measures of the pair it measures before
-    the clock runs. Where it has a ``record``, the tokens of its rounds are read from there.
+    A method's object mounts as in every bench of language models; a loop gets ``draft_model``, if its constructor asks
+    for it, and lives for a trial. It is warmed up before the clock runs. Where it has a ``record``, the tokens of its
+    rounds are read from there; where it runs both models at the same time, it says so by ``models_at_once``.
     """
 
     id = "speculation"
@@ -297,7 +297,6 @@ class SpeculationBench(LanguageBench):
         log.texts("texts", [_record(s, prompt, text) for prompt, text in zip(h.prompts, texts, strict=True)])
         if setting["contexts"] and (h.assistant is not None or loop is not None):
             figures |= self.acceptance(h, loop, rng, log)
-            log.texts("plans", self.plans(h, rng))
         return figures
 
     def exhibits(self, comparison: Comparison) -> list[Block]:
@@ -325,6 +324,7 @@ class SpeculationBench(LanguageBench):
         for name, rows in values.items():
             log.per_item(name, rows.tolist())
         log.texts("acceptance", self.once(h, rng, ("table", n), lambda: pairs.table(found, n)))
+        log.texts("plans", self.plans(h, rng))
         return {name: float(rows.mean()) for name, rows in values.items()}
 
     def plans(self, h: Pairing, rng: Streams) -> list[dict[str, Any]]:
@@ -387,7 +387,8 @@ class SpeculationBench(LanguageBench):
         )
         names = ("ids", "seconds", "target", "draft", "rounds", "gammas")
         late = sum(text["late"] for text in found) / max(1, sum(text["calls"] for text in found))
-        return [Text(*(text[name] for name in names)) for text in found], late if setting["latency"] else None
+        texts = [Text(*(text[name] for name in names)) for text in found]
+        return texts, None if latencies(setting["latency"]) is None else late
 
     def write(self, h: Pairing, loop: Any, prompt: Prompt, new: int, seed: int) -> Text:
         """One text under the contender; ``loop`` None and no assistant is plain generation."""

@@ -45,7 +45,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     here = {**prompts, "count": 8, "new_tokens": 40}
     if not quick:
         more = {"draft": ["docs/tiny", "docs/small"], "temperature": [0.0, 1.0]}
-        devices |= {**more, "latency": ["10:20", "5:20", "5:40"], "count": 20, "new_tokens": 64}
+        devices |= {**more, "latency": ["5:20", "5:40"], "count": 20, "new_tokens": 64}
         here |= {**more, "count": 100, "new_tokens": 128}
     grid: dict[str, Any] = {"ratio": 4.0, "new_tokens": 120, "t_draft": 15.0}
     if not quick:
@@ -59,14 +59,12 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
             (ALONE, *ASSISTED, *SD, *NO_PRE, *NO_POST, *FULL, LONGER, AUTO),
             "docs/base",
             devices,
-            seeds=1 if quick else 3,
+            seeds=1,
         ),
         "both threads": Study(
-            "speculation", (ALONE, *SD_HERE, *processes), "docs/base", {**here, "threads": 2}, seeds=1 if quick else 3
+            "speculation", (ALONE, *SD_HERE, *processes), "docs/base", {**here, "threads": 2}, seeds=1
         ),
-        "a thread each": Study(
-            "speculation", (*SD_HERE, RANKS), "docs/base", {**here, "threads": 1}, seeds=1 if quick else 3
-        ),
+        "a thread each": Study("speculation", (*SD_HERE, RANKS), "docs/base", {**here, "threads": 1}, seeds=1),
     }
 
 

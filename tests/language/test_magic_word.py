@@ -159,7 +159,7 @@ def test_any_solves_exactly_the_reachable_set_of_one_token(kind: str) -> None:
     missed = 0
     for seed in range(3):
         model = tiny(kind, seed, SMALL)
-        for x0 in states(4, seed=seed):
+        for x0 in states(2, seed=seed):
             reach = exact_reach(model, x0, 1)
             found = k_epsilon(model, [(x0, y) for y in range(SMALL)], search=Greedy(1))
             assert {w.y[0]: w.k for w in found.words if w.reached} == reach
@@ -175,7 +175,7 @@ def test_back_off_is_within_brute_force_of_two_tokens(kind: str) -> None:
     model = tiny(kind, 2, SMALL)
     search = BackOff(1, (2,), iterations=8, candidates=24, k_sub=8)
     hits = total = 0
-    for x0 in states(4, seed=5):
+    for x0 in states(2, seed=5):
         reach = exact_reach(model, x0, 2)
         exact = reachable_set(System(model), x0, 2)
         assert exact.exact and {t: len(u) for t, u in exact.prompts.items()} == reach

@@ -354,6 +354,19 @@ def test_warpers_and_processors_hold_for_both_models() -> None:
     assert set(found[0, 3:].tolist()) == {7, 9}
 
 
+def test_a_greedy_rejection_needs_no_law_of_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one law that would travel between ranks stays where it is; sampling asks for it."""
+    asked: list[int] = []
+    plain = Threads.law
+    monkeypatch.setattr(Threads, "law", lambda engine, i: asked.append(i) or plain(engine, i))
+    target, prompt = tiny("gpt2", 4), torch.tensor([[5, 9, 2]])
+    loop = PEARL(tiny("gpt2", 5), 2)
+    generate(target, prompt, 10, eos_token_id=None, custom_generate=loop)
+    assert loop.record.rejected > 0 and not asked
+    generate(target, prompt, 10, eos_token_id=None, do_sample=True, custom_generate=loop)
+    assert len(asked) == loop.record.rejected > 0
+
+
 def test_momentum_decoding_inside() -> None:
     target, draft = tiny("gpt2", 4), tiny("gpt2", 5)
     prompt = torch.tensor([[5, 9, 2, 5, 9]])

@@ -305,7 +305,9 @@ class PEARL:
         accepted = accept(check, chances[: len(check)], p, target.uniforms(len(check)))
         token = None
         if accepted < len(check):
-            token = target.residual(laws[accepted], engine.law(accepted))
+            # Without sampling p and q are on one token each, and p is what is left of it: q need not be sent.
+            p_n = laws[accepted]
+            token = target.residual(p_n, engine.law(accepted)) if target.law.sample else target.draw(p_n)
         elif rounds.draws(work.written, accepted, scored):
             token = target.draw(target.law_at(accepted))
         new = rounds.verified(work.written, accepted, token, scored)

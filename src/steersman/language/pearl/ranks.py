@@ -6,7 +6,7 @@ What is sent in a round, w tokens having been drafted:
 from  what                                                                        as
 ====  ==========================================================================  ===============
 0     z, the bits of q(z) and of the seconds that a token took                    int64 (2 w + 1)
-1     after a rejection at i: the wish for the law q_i                            int64 (6)
+1     after a rejection at i, with sampling: the wish for the law q_i             int64 (6)
 0     q_i                                                                         float32 (V)
 1     the verdict: accepted, token, kept, stop, the next gamma                    int64 (6)
 ====  ==========================================================================  ===============

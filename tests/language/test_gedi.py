@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -862,3 +862,23 @@ def test_labels_and_texts_are_checked(base: Path) -> None:
 def test_a_keyword_of_several_tokens_warns() -> None:
     with pytest.warns(UserWarning, match="'happy sad' is 2 tokens"):
         ControlCodes.choose(word_tokenizer(), "label", ["good", "happy sad"], "good", keywords=True)
+
+
+def test_codes_of_a_byte_level_vocabulary() -> None:
+    """A word of one token, as it is or behind a space; one in pieces is no code, and others can be named."""
+    level = Tokenizer(models.BPE())
+    level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    level.train_from_iterator(["it is good and bad and so is this"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=level)
+    known = tokenizer.get_vocab()
+    assert "Ġgood" in known and "good" not in known
+    codes = ControlCodes.choose(tokenizer, "mood", ["bad", "good"], "good", keywords=False)
+    assert codes.ids == (known["bad"], known["Ġgood"])
+    with pytest.raises(InputError, match=r"control code='angry'.*name others with code_tokens"):
+        ControlCodes.choose(tokenizer, "mood", ["angry", "good"], "good", keywords=False)
+    named = ControlCodes.choose(tokenizer, "mood", ["angry", "good"], "good", keywords=False, names=["Ġbad", " good"])
+    assert named.ids == (known["Ġbad"], known["Ġgood"])
+    assert codes.words("good", tokenizer) == [known["Ġgood"]]

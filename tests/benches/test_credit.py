@@ -33,7 +33,7 @@ def test_auroc_counts_ties_half() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     out = tmp_path_factory.mktemp("credit") / "run"
-    methods = ["surprise", "unigram", "random", "sft-ratio", "gradient", "gradient:form=product", "q-star"]
+    methods = ["surprise", "unigram", "random", "sft-ratio", "gradient", "gradient:form=product:epochs=1", "q-star"]
     return compare(CreditBench(), "reviews", methods, SMALL, seeds=[3], out=out)
 
 
@@ -43,6 +43,7 @@ def test_every_contender_blames(run: Comparison) -> None:
     assert figures["surprise"]["auroc"] == 0.5  # by construction
     assert all(0 <= found["auroc"] <= 1 and 0 <= found["top"] <= 1 for found in figures.values())
     assert figures["q-star"]["fit_s"] == figures["gradient"]["fit_s"] > 0  # one policy
+    assert figures["gradient:form=product:epochs=1"]["fit_s"] == figures["gradient"]["fit_s"]
     assert {"chosen", "rejected", "accuracy"} <= figures["q-star"].keys()
     blocks = CreditBench().exhibits(run)
     assert any("fault" in getattr(block, "title", "") for block in blocks)

@@ -205,6 +205,19 @@ def test_the_reference_expects_minus_the_divergence(beta: float) -> None:
     assert float(same.totals.abs().max()) == 0
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("beta", [0.1, 10.0])
+def test_the_reference_expects_minus_the_divergence_on_float32_models(kind: str, beta: float) -> None:
+    policy, reference = tiny(kind, 0), tiny(kind, 1)
+    prompt = [5, 9, 3]
+    found = token_rewards(policy, reference, [prompt] * VOCABULARY, [[a] for a in range(VOCABULARY)], beta)
+    ids = torch.tensor([prompt])
+    p, q = (m(ids).logits[0, -1].detach().double().softmax(-1) for m in (reference, policy))
+    expected = float((p * found.totals.double()).sum())
+    assert expected == pytest.approx(-beta * float((p * (p / q).log()).sum()), abs=1e-6 * max(1, beta))
+    assert expected < 0
+
+
 def test_the_divergence_by_monte_carlo() -> None:
     """Sums of token rewards of answers that the reference samples: -beta KL, within 4 standard errors."""
     tree, other = Tree(0.3), Tree(0.3, 5)
@@ -912,6 +925,19 @@ def test_likelihood_search_refuses_what_is_another_search() -> None:
     assert torch.equal(
         greedy, model.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
     )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_likelihood_search_in_batches_with_left_padding(kind: str) -> None:
+    model = tiny(kind)
+    rows = [torch.tensor([5, 6, 7, 8, 9]), torch.tensor([10, 11])]
+    ids, mask = left_padded(rows)
+    search = LikelihoodSearch(model, 4)
+    together = search.generate(ids, attention_mask=mask, max_new_tokens=8, pad_token_id=PAD)
+    for i, row in enumerate(rows):
+        whole = torch.ones(1, len(row), dtype=torch.long)
+        alone = search.generate(row[None], attention_mask=whole, max_new_tokens=8, pad_token_id=PAD)
+        assert cut(together[i, 5:].tolist()) == cut(alone[0, len(row) :].tolist())
 
 
 def test_apply_and_probe_say_what_they_lack(subject: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def planted(texts: Iterator[str], planter: Planter, count: int, unseen: float) -
         InputError: too few of the texts can be spoilt by one token.
     """
     words: set[int] = set()
-    first = list(itertools.islice(texts, min(FIRST, 4 * count)))
+    first = list(itertools.islice(texts, min(FIRST, 2 * count)))
     for text in first:
         found = planter.plant(text)
         if found is not None:

@@ -195,6 +195,8 @@ class CreditBench:
         if part.id in PARTS:
             build: Callable[..., dict[str, Any]] = PARTS[part.id].build
             h.settings = build(**checked_knobs(build, part))
+            if part.id == "gradient":  # the settings of a policy, which may be one that is there
+                h.settings = artefacts.check_settings(catalog.card(METHOD), apply, h.settings)
             return
         if (Path(part.id) / artefacts.RECORD).is_file():
             made_by = json.loads((Path(part.id) / artefacts.RECORD).read_text())["method"]

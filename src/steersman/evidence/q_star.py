@@ -48,7 +48,7 @@ TUNED_FIRST = named(f"q-star:{TUNING}:sft_epochs=1")
 
 def searched(beams: int, scale: str) -> str:
     """The policy under a beam; those of one seed are one fit."""
-    pairs = 160 if scale == "quick" else 1000
+    pairs = 96 if scale == "quick" else 1000
     return named(f"q-star:{TUNING}:pairs={pairs}:held_out=0:num_beams={beams}")
 
 
@@ -57,9 +57,10 @@ def beam(width: int) -> str:
 
 
 def studies(scale: str, seed: int) -> dict[str, Study]:
-    """160 pairs and 16 faults a fit, widths 1 and 5 (quick); 1000 pairs, 64 faults, widths to 20 and drift (full)."""
+    """128 pairs (96 for search) and 16 faults a fit, widths 1 and 5 (quick); 1000 pairs, 64 faults, widths to 20 and
+    drift (full)."""
     quick = scale == "quick"
-    credit = {"preferences": [160], "count": 16, "held_out": 16} if quick else {"preferences": [1000], "count": 64}
+    credit = {"preferences": [128], "count": 16, "held_out": 16} if quick else {"preferences": [1000], "count": 64}
     widths = (1, 5) if quick else (1, 2, 5, 10, 20)
     compared = [searched(k, scale) for k in widths] + [beam(k) for k in widths]
     if not quick:

@@ -149,7 +149,7 @@ def apply(
         seed=seed,
         log=log,
     )
-    named = str(subject) if sft_epochs == 0 else "reference"
+    named = "reference" if sft_epochs > 0 else str(Path(subject).resolve() if Path(subject).exists() else subject)
     with quiet.loading():
         result.policy.save_pretrained(out)
         tokenizer.save_pretrained(out)

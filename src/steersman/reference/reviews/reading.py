@@ -80,7 +80,7 @@ def attributes(text: str) -> Attributes:
         LENGTHS[length_class(len(spans))],
         len(spans),
         len(said),
-        log_probability(text) > -math.inf,
+        valid == len(said) and log_probability(text) > -math.inf,  # the law takes much longer to ask
         valid / len(said) if said else 0.0,
     )
 

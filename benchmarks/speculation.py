@@ -8,8 +8,8 @@ forwards take:
 * ``own``: what the pair takes on this machine;
 * ``deep``: the target has ``--layers`` layers more, which add nothing to its states. It has the same law and the times
   of a larger model, so that drafting is cheap beside it, as with the models that people speculate with;
-* ``simulated``: 6 ms a forward of the draft and 36 ms one of the target, whatever it computes (sleeping): a pair of
-  devices that are bound by memory, PEARL's two among them. It shows schedules, not a machine.
+* ``simulated``: 64 ms a forward of the target, and 16, 8 or 4 ms one of the draft (``--latencies``), whatever it
+  computes (sleeping): devices that are bound by memory, PEARL's two among them. It shows schedules, not a machine.
 
 Each kind of contender is tuned first, with as many settings for each, on prompts of its own. Then the best setting of
 each kind, plain generation and assisted generation with transformers' defaults run in rotating order, a round for each
@@ -23,6 +23,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,14 @@ SETTINGS = {
         "assisted:num_assistant_tokens=2:confidence=0",
         "assisted:num_assistant_tokens=3:confidence=0",
         "assisted:num_assistant_tokens=5:confidence=0",
-        "assisted:schedule=heuristic:num_assistant_tokens=5:confidence=0",
+        "assisted:num_assistant_tokens=8:confidence=0",
     ],
     "multi-draft": [
-        f"multi-draft:n_drafts={n}:depth={depth}" for n, depth in ((1, 3), (2, 2), (2, 4), (3, 2), (3, 3), (4, 3))
+        f"multi-draft:n_drafts={n}:depth={depth}" for n, depth in ((1, 3), (2, 2), (2, 4), (3, 2), (3, 3), (3, 4))
     ],
     "pearl": ["pearl", *(f"pearl:gamma={gamma}" for gamma in (1, 2, 3, 4, 6))],
 }
-LATENCY = "6:36"
-LAYERS = 32
+LAYERS = 32  # of mode deep
 
 
 def deep() -> tuple[Any, Any]:
@@ -73,12 +73,9 @@ def medians(found: Any, contender: str, figure: str) -> float:
     return statistics.median(found.values(figure, contender).values())
 
 
-def measure(subject: str, mode: str, grid: dict[str, Any], tuning: int, rounds: int) -> dict[str, Any]:
-    """Tune on the first seeds, and compare on others."""
-    figure = "ms_per_token"
-    if mode == "simulated":
-        grid = {**grid, "latency": LATENCY}
-        figure = "simulated_ms_per_token"
+def measure(subject: str, grid: dict[str, Any], tuning: int, rounds: int) -> dict[str, Any]:
+    """Tune on some seeds, and compare on others."""
+    figure = "simulated_ms_per_token" if "latency" in grid else "ms_per_token"
     tuned = compare(
         "speculation", subject, [c for kind in SETTINGS.values() for c in kind], grid, range(1000, 1000 + tuning)
     )
@@ -115,11 +112,12 @@ def main() -> None:
     parser.add_argument("--subject", default="docs/base", help="the target (mode deep: docs/base)")
     parser.add_argument("--draft", default="docs/small", help="the draft model")
     parser.add_argument("--modes", default="own,deep,simulated", help="own, deep, simulated; comma-separated")
+    parser.add_argument("--latencies", default="16:64,8:64,4:64", help="draft:target in ms, comma-separated")
     parser.add_argument("--temperatures", default="0,1", help="0 is greedy; comma-separated")
     parser.add_argument("--count", type=int, default=2, help="prompts a round")
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens a text")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens a text")
     parser.add_argument("--tuning", type=int, default=2, help="rounds of tuning")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that are measured")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, in total for each contender")
     parser.add_argument("--out", type=Path, help="write the JSON there as well")
     options = parser.parse_args()
@@ -140,13 +138,20 @@ def main() -> None:
         "threads": options.threads,
         "contexts": 0,
     }
+    modes: dict[str, tuple[str, dict[str, Any]]] = {}
     for mode in options.modes.split(","):
-        subject = f"{Path(__file__).resolve()}:deep" if mode == "deep" else options.subject
+        if mode == "simulated":
+            modes |= {f"simulated {x} ms": (options.subject, {"latency": x}) for x in options.latencies.split(",")}
+        elif mode in ("own", "deep"):
+            modes[mode] = (f"{Path(__file__).resolve()}:deep" if mode == "deep" else options.subject, {})
+        else:
+            parser.error(f"no mode {mode!r}: own, deep, simulated")
+    for mode, (subject, more) in modes.items():
         for temperature in map(float, options.temperatures.split(",")):
             name = f"{mode}, temperature {temperature:g}"
-            settings = {**grid, "temperature": temperature}
-            record["modes"][name] = measure(subject, mode, settings, options.tuning, options.rounds)
-            print(name, json.dumps(record["modes"][name], indent=1), flush=True)
+            settings = {**grid, **more, "temperature": temperature}
+            record["modes"][name] = measure(subject, settings, options.tuning, options.rounds)
+            print(name, json.dumps(record["modes"][name], indent=1), file=sys.stderr, flush=True)
     text = json.dumps(record, indent=1)
     print(text)
     if options.out is not None:

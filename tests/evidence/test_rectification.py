@@ -22,6 +22,10 @@ class Rows:
         values = self.figures[figure]
         return np.array(values[a]), np.array(values[b])
 
+    def paired_items(self, figure: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        left, right = self.paired(figure, a, b)
+        return left, right, np.zeros(len(left))
+
 
 def test_effects_are_in_the_claims_direction() -> None:
     mine, base = evidence.ours(0), evidence.BASE
@@ -37,6 +41,8 @@ def test_effects_are_in_the_claims_direction() -> None:
     assert evidence.less("bad", mine, base)(rows).values == pytest.approx([0.2, 0.1])
     assert evidence.more("validity", mine, base)(rows).values == pytest.approx([-0.05, 0.0])
     assert evidence.bad_among_valid(mine, base)(rows).values == pytest.approx([0.15, 0.0])
+    assert evidence.less("bad", mine, base)(rows).clusters is None
+    assert evidence.units(np.ones(6), np.array([0, 1, 2, 3, 4, 4])).clusters is not None
     assert evidence.calibrated(rows).values == pytest.approx([0.03, -0.05])
     assert evidence.overstated(rows).values == pytest.approx([0.28, 0.1])
     assert evidence.risk_falls(rows).values == pytest.approx([0.1, -0.05])
@@ -67,6 +73,9 @@ def test_claims_are_about_contenders_that_run(scale: str) -> None:
         def paired(self, figure: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
             assert figure in ControlBench.figures and a in self.contenders and b in self.contenders, (figure, a, b)
             return np.ones(5), np.ones(5)
+
+        def paired_items(self, figure: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return *self.paired(figure, a, b), np.arange(5)
 
     for claim in evidence.CLAIMS:
         if scale in claim.scales:

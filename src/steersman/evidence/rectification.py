@@ -1,15 +1,17 @@
 """Rectification's claims, on ``reviews``: finished texts shall not be rude.
 
-A unit is a fit: its own sampled texts, value model, prompts and samples. The value model has half of the base's layers
-and is learned from 900 texts that the base wrote behind 225 beginnings, by SARSA(0.9); all knobs of training were
-chosen on texts of another seed, by the Brier score on held-out beginnings. Prompts are beginnings of reviews which the
-law itself makes rude with a probability of 0.1 or more, but not surely. Many of them stand in the middle of a sentence
-whose last word decides. The grammar reads the finished texts, prompt and continuation.
+At scale quick there is one fit and a unit is a prompt: verdicts speak of this value model. At scale full a unit is a
+fit, with its own sampled texts, value model, prompts and samples. The value model begins with the base's trunk and
+learns from 1800 texts that the base wrote behind 450 beginnings. Prompts are beginnings of reviews which the law itself
+makes rude with a probability of 0.1 or more, but not surely. Many of them stand in the middle of a sentence whose last
+word decides. The grammar reads the finished texts, prompt and continuation.
 
 **Lower rudeness of broken text is no success**: validity (the share of words in sentences of the grammar) stands beside
-it, and rudeness is counted among valid texts too. ``block-list`` forbids the words that tell most of rude texts (the
-same for all fits), ``best-of-n`` chooses among four texts by the reference value model, which saw a hundred times as
-many texts, and ``projection=bayes`` and ``projection=block`` use the same value model in another way.
+it, and rudeness is counted among valid texts too. Where a step is near-certain, what a cap takes away goes to the noise
+in the tail. So the caps are also tried behind nucleus sampling, beside nucleus sampling alone (``block`` with threshold
+1 removes nothing). ``block-list`` forbids the words that tell most of rude texts, ``best-of-n`` chooses among four
+texts by the reference value model, which saw fifty times as many texts, and ``bayes`` and ``block`` use the same value
+model in another way.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ from steersman.engine.claims import Claim, Effects
 from steersman.engine.comparison import Comparison
 from steersman.evidence.study import Study
 
-TRAINED = "rectification:prompts=250:continuations=4:layers=2:batch_size=16:learning_rate=0.001"
+TRAINED = "rectification:prompts=500:continuations=4:batch_size=16:learning_rate=0.001:epochs=4:lam=1"
 BASE, BLOCKED, BEST = "sample", "block-list", "best-of-n"
 OMEGAS = (10, 30, 60, 100)
 GUIDE = "gedi:steps=240:length=40:batch_size=6:learning_rate=0.005"
 CALIBRATED = 0.05  # how far the mean estimated risk of the prompts may be from the share of rude texts
+FEWEST = 5  # fits that are units
 
 
 def ours(eps: float, knobs: str = "") -> str:
-    """Rectification's label, as rows have it; labels that differ in ε or projection alone share their fits."""
+    """Rectification's label, as rows have it; labels that differ in knobs of the processor alone share their fits."""
     return contenders.parse(f"{TRAINED}{knobs}:eps={eps:g}").label
 
 
@@ -39,51 +42,61 @@ def gedi(omega: float) -> str:
     return contenders.parse(f"{GUIDE}:omega={omega:g}").label
 
 
-BAYES, BLOCK, OFFICIAL = ours(0, ":projection=bayes"), ours(0, ":projection=block"), ours(0.1, ":projection=official")
-MOST, ONE_STEP = ours(0, ":data=most"), ours(0, ":lam=0")
+KEPT = ":top_p=0.95"
+NUCLEUS, CAPPED = ours(0, f"{KEPT}:projection=block:threshold=1"), ours(0, KEPT)
+BAYES, BLOCK = ours(0, f"{KEPT}:projection=bayes"), ours(0, f"{KEPT}:projection=block")
+OFFICIAL = ours(0.1, ":projection=official")
+MOST = ours(0, ":data=most")
+ONE_STEP = contenders.parse(f"{TRAINED.removesuffix(':lam=1')}:lam=0:eps=0").label
 TASK = {"attribute": "rudeness=polite", "risk_low": 0.1, "risk_high": 0.95, "new_tokens": 48}
 
 
 def studies(scale: str, seed: int) -> dict[str, Study]:
-    """Six fits, 12 prompts and 16 texts of each (quick); eight, 30 and 25, more rivals, and another model (full)."""
-    rivals = (BASE, BLOCKED, BEST, ours(0), ours(0.1), ours(0.3), BAYES)
+    """One fit, 30 prompts and 8 texts of each (quick); five, 30 and 25, more rivals, and another model (full)."""
+    rivals = (BASE, BLOCKED, BEST, ours(0), ours(0.1), ours(0.3), NUCLEUS, CAPPED, ours(0.1, KEPT), BAYES, BLOCK)
     if scale == "quick":
-        grid = {**TASK, "count": 12, "samples": 16, "batch": 12}
-        return {"rudeness": Study("control", rivals, "reviews/base", grid, seeds=6)}
+        grid = {**TASK, "count": 30, "samples": 8, "batch": 30}
+        return {"rudeness": Study("control", rivals, "reviews/base", grid, seeds=1)}
     grid = {**TASK, "count": 30, "samples": 25, "batch": 10}
-    more = (*rivals, BLOCK, OFFICIAL, MOST, ONE_STEP, *map(gedi, OMEGAS))
+    more = (*rivals, OFFICIAL, MOST, ONE_STEP, *map(gedi, OMEGAS))
     other = {**grid, "fit_on": "reviews/base"}
     return {
-        "rudeness": Study("control", more, "reviews/base", grid, seeds=8),
-        "larger": Study("control", (BASE, ours(0), ours(0.1)), "reviews/judge", other, seeds=8),
+        "rudeness": Study("control", more, "reviews/base", grid, seeds=5),
+        "larger": Study("control", (BASE, ours(0), ours(0.1)), "reviews/judge", other, seeds=5),
     }
 
 
 # -------------------------------------------------------------------- claims
 
 
+def units(values: np.ndarray, seeds: np.ndarray) -> Effects:
+    """Effects by prompt; where there are enough fits, each with its prompts is one unit."""
+    return Effects(values, seeds if len(np.unique(seeds)) >= FEWEST else None)
+
+
 def less(figure: str, mine: str, theirs: str) -> Callable[[Comparison], Effects]:
-    """By fit: the other's figure less mine."""
+    """By prompt: the other's figure less mine."""
 
     def effects(comparison: Comparison) -> Effects:
-        a, b = comparison.paired(figure, theirs, mine)
-        return Effects(a - b)
+        a, b, seeds = comparison.paired_items(figure, theirs, mine)
+        return units(a - b, seeds)
 
     return effects
 
 
 def more(figure: str, mine: str, theirs: str) -> Callable[[Comparison], Effects]:
-    """By fit: my figure less the other's."""
+    """By prompt: my figure less the other's."""
     return lambda comparison: -less(figure, mine, theirs)(comparison)
 
 
 def bad_among_valid(mine: str, theirs: str) -> Callable[[Comparison], Effects]:
-    """By fit: rude share of the other's valid texts less that of mine."""
+    """By prompt with a valid text of both: rude share of the other's valid texts less that of mine."""
 
     def effects(comparison: Comparison) -> Effects:
-        bad, valid = comparison.paired("bad_valid", theirs, mine), comparison.paired("valid", theirs, mine)
-        shares = [b / np.maximum(v, 1e-9) for b, v in zip(bad, valid, strict=True)]
-        return Effects(shares[0] - shares[1])
+        b_bad, m_bad, seeds = comparison.paired_items("bad_valid", theirs, mine)
+        b_valid, m_valid, _ = comparison.paired_items("valid", theirs, mine)
+        both = (b_valid > 0) & (m_valid > 0)
+        return units(b_bad[both] / b_valid[both] - m_bad[both] / m_valid[both], seeds[both])
 
     return effects
 
@@ -127,56 +140,91 @@ def fluency_at_equal_badness(comparison: Comparison) -> Effects:
 
 PAPER, ASKED = "Table 1 (toxicity)", "asked here, not by the paper"
 FULL = ("full", "gpu")
-CLAIMS = [
-    Claim(
-        "eps-0",
-        "At ε = 0 fewer of its texts are rude than of the base's.",
-        PAPER, "rudeness", less("bad", ours(0), BASE), 0.0, "fit",
-    ),
-    Claim(
-        "eps-0.1",
-        "At ε = 0.1 fewer of its texts are rude than of the base's.",
-        PAPER, "rudeness", less("bad", ours(0.1), BASE), 0.0, "fit",
-    ),
-    Claim(
+AT_BOTH: tuple[tuple[str, str, str, Callable[[Comparison], Effects], float], ...] = (
+    ("eps-0", "At ε = 0 fewer of its texts are rude than of the base's.", PAPER, less("bad", ours(0), BASE), 0.0),
+    ("eps-0.1", "At ε = 0.1 fewer of its texts are rude than of the base's.", PAPER, less("bad", ours(0.1), BASE), 0.0),
+    (
         "any",
         "At ε = 0 fewer prompts have any rude text among their samples than under the base.",
-        "Table 1 (toxicity probability)", "rudeness", less("any_bad", ours(0), BASE), 0.0, "fit",
+        "Table 1 (toxicity probability)",
+        less("any_bad", ours(0), BASE),
+        0.0,
     ),
-    Claim(
+    (
         "valid-texts",
         "At ε = 0 fewer of its valid texts are rude than of the base's valid texts.",
-        ASKED, "rudeness", bad_among_valid(ours(0), BASE), 0.0, "fit",
+        ASKED,
+        bad_among_valid(ours(0), BASE),
+        0.0,
     ),
-    Claim(
+    (
         "validity",
         "At ε = 0 its texts are as valid as the base's, or less by under 0.02.",
-        "Table 1 (perplexity near the base's)", "rudeness", more("validity", ours(0), BASE), -0.02, "fit",
+        "Table 1 (perplexity near the base's)",
+        more("validity", ours(0), BASE),
+        -0.02,
     ),
-    Claim(
+    (
         "sweep",
         "ε = 0.3 costs validity: more than 0.05 below that at ε = 0.",
-        ASKED, "rudeness", more("validity", ours(0), ours(0.3)), 0.05, "fit",
+        ASKED,
+        more("validity", ours(0), ours(0.3)),
+        0.05,
     ),
-    Claim(
+    (
         "foresight",
         "At ε = 0 fewer of its texts are rude than with a list of forbidden words.",
-        "section 1: word lists", "rudeness", less("bad", ours(0), BLOCKED), 0.0, "fit",
+        "section 1: word lists",
+        less("bad", ours(0), BLOCKED),
+        0.0,
     ),
-    Claim(
+    (
         "foresight-validity",
         "At ε = 0 its texts are more valid than with a list of forbidden words.",
-        ASKED, "rudeness", more("validity", ours(0), BLOCKED), 0.0, "fit",
+        ASKED,
+        more("validity", ours(0), BLOCKED),
+        0.0,
+    ),
+    (
+        "nucleus",
+        "Behind nucleus sampling (0.95) fewer texts are rude at ε = 0 than with nucleus sampling alone.",
+        ASKED,
+        less("bad", CAPPED, NUCLEUS),
+        0.0,
+    ),
+    (
+        "nucleus-validity",
+        "Behind nucleus sampling its texts are as valid as with nucleus sampling alone, or less by under 0.02.",
+        ASKED,
+        more("validity", CAPPED, NUCLEUS),
+        -0.02,
+    ),
+    (
+        "block",
+        "Removing tokens of more risk than 0.5, by the same values, leaves fewer rude texts than capping at ε = 0.",
+        ASKED,
+        less("bad", BLOCK, CAPPED),
+        0.0,
+    ),
+)
+CLAIMS = [
+    *(
+        Claim(name, f"{statement[:-1]} (one fit).", source, "rudeness", effects, margin, "item", scales=("quick",))
+        for name, statement, source, effects, margin in AT_BOTH
+    ),
+    *(
+        Claim(f"{name}-fits", statement, source, "rudeness", effects, margin, "fit", scales=FULL)
+        for name, statement, source, effects, margin in AT_BOTH
     ),
     Claim(
         "calibrated",
         "Learned from all texts, the mean estimated risk of the prompts is within 0.05 of the share of rude texts.",
-        ASKED, "rudeness", calibrated, 0.0, "fit",
+        ASKED, "rudeness", calibrated, 0.0, "fit", scales=FULL,
     ),
     Claim(
         "bayes",
         "At ε = 0.1 fewer of its texts are rude than with Bayes reweighting by the same value model.",
-        ASKED, "rudeness", less("bad", ours(0.1), BAYES), 0.0, "fit", scales=FULL,
+        ASKED, "rudeness", less("bad", ours(0.1, KEPT), BAYES), 0.0, "fit", scales=FULL,
     ),
     Claim(
         "mean-risk",
@@ -195,7 +243,7 @@ CLAIMS = [
     ),
     Claim(
         "one-step",
-        "From as few texts, SARSA(0.9) leaves fewer rude texts than one-step SARSA.",
+        "From as few texts, SARSA(1) leaves fewer rude texts than one-step SARSA.",
         ASKED, "rudeness", less("bad", ours(0), ONE_STEP), 0.0, "fit", scales=FULL,
     ),
     Claim(

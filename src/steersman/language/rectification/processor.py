@@ -149,7 +149,7 @@ class Rectification(LogitsProcessor):
 
     References:
         Meng Cao, Mehdi Fatemi, Jackie Chi Kit Cheung, Samira Shabanian. Systematic Rectification of Language Models
-        via Dead-end Analysis. ICLR 2023, arXiv:2302.14003, eq. 7 (condition) and section 3.
+        via Dead-end Analysis. ICLR 2023, arXiv:2302.14003.
     """
 
     def __init__(

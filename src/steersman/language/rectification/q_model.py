@@ -81,7 +81,7 @@ class QModel(PreTrainedModel):
 
     References:
         Meng Cao, Mehdi Fatemi, Jackie Chi Kit Cheung, Samira Shabanian. Systematic Rectification of Language Models
-        via Dead-end Analysis. ICLR 2023, arXiv:2302.14003, section 4.
+        via Dead-end Analysis. ICLR 2023, arXiv:2302.14003.
     """
 
     config_class = QModelConfig

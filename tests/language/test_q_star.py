@@ -765,6 +765,13 @@ def test_supervision_first_makes_the_reference(subject: Path, tokenizer: Any, tm
     probe(out, pairs, measured)
 
 
+def test_a_single_step_trains(tokenizer: Any) -> None:
+    """The first step of a warm-up has rate 0: short trainings have none."""
+    model = tiny("gpt2", 4, vocab_size=len(tokenizer))
+    trained = preference_training(model, tokenizer, PAIRS, batch_size=4, learning_rate=1e-2)
+    assert trained.steps == 1 and fingerprint(trained.policy) != fingerprint(model)
+
+
 def test_preference_training_leaves_the_model_as_it_was(tokenizer: Any) -> None:
     model = tiny("gpt2", 4, vocab_size=len(tokenizer))
     before = fingerprint(model)

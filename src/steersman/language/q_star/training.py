@@ -228,7 +228,7 @@ def preference_training(
         trainer = DPOTrainer(
             policy,
             None if lora_rank else reference,
-            _arguments("DPOConfig", temporary, epochs, batch_size, learning_rate, seed, beta=beta, max_length=None),
+            _arguments("DPOConfig", temporary, len(pairs), epochs, batch_size, learning_rate, seed, beta=beta),
             train_dataset=Dataset.from_list([p.to_json() for p in pairs]),
             eval_dataset=Dataset.from_list([p.to_json() for p in held_out]) if held_out else None,
             processing_class=tokenizer,
@@ -269,7 +269,7 @@ def supervised_training(
     with on_its_own(), tempfile.TemporaryDirectory(prefix="steersman-sft-") as temporary:
         trainer = SFTTrainer(
             model,
-            _arguments("SFTConfig", temporary, epochs, batch_size, learning_rate, seed, max_length=None),
+            _arguments("SFTConfig", temporary, len(answers), epochs, batch_size, learning_rate, seed),
             train_dataset=Dataset.from_list([{"prompt": prompt, "completion": text} for prompt, text in answers]),
             processing_class=tokenizer,
         )
@@ -289,7 +289,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _arguments(
-    config: str, folder: str, epochs: float, batch_size: int, learning_rate: float, seed: int, **more: Any
+    config: str, folder: str, count: int, epochs: float, batch_size: int, learning_rate: float, seed: int, **more: Any
 ) -> Any:
     import trl
 
@@ -299,7 +299,8 @@ def _arguments(
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
-        warmup_steps=0.1,
+        warmup_steps=math.ceil(math.ceil(count / batch_size) * epochs) // 10,  # the first step of a warm-up has rate 0
+        max_length=None,
         seed=seed % 2**31,
         use_cpu=not cuda,
         bf16=False,

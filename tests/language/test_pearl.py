@@ -217,16 +217,29 @@ def test_the_rounds_of_a_script() -> None:
     assert Rounds("draft").advance([7], 0, None, False) == [7]
 
 
+def tokens_a_round(variant: str, a: float, gamma: int, rounds: int) -> float:
+    """Tokens that a round adds when each drafted token is accepted with probability a."""
+    rng, machine, tokens = random.Random(0), Rounds(variant), 0
+    for _ in range(rounds):
+        write, scored = machine.plan(gamma)
+        z = [1] * write
+        check = machine.check(z, scored)
+        n = accept(check, [1.0] * len(check), lambda i: a, [rng.random() for _ in check])
+        tokens += len(machine.advance(z, n, 0 if machine.draws(z, n, scored) else None, scored))
+    return tokens / rounds
+
+
 @pytest.mark.parametrize(("a", "gamma"), [(0.5, 3), (0.8, 4), (0.9, 5)])
 def test_tokens_a_round_are_as_the_formula_says(a: float, gamma: int) -> None:
-    rng, rounds, tokens, total = random.Random(0), Rounds("full"), 0, 100_000
-    for _ in range(total):
-        write, scored = rounds.plan(gamma)
-        z = [1] * write
-        check = rounds.check(z, scored)
-        n = accept(check, [1.0] * len(check), lambda i: a, [rng.random() for _ in check])
-        tokens += len(rounds.advance(z, n, 0 if n < len(check) else None, scored))
-    assert tokens / total == pytest.approx(expected_tokens(a, gamma), rel=0.01)
+    assert tokens_a_round("full", a, gamma, 100_000) == pytest.approx(expected_tokens(a, gamma), rel=0.01)
+
+
+@pytest.mark.parametrize(("a", "gamma", "pre", "post"), [(0.58, 4, 1.25, 1.02), (0.9, 5, 1.03, 1.27)])
+def test_what_each_strategy_adds(a: float, gamma: int, pre: float, post: float) -> None:
+    """With rounds of equal time (gamma t_draft = t_target): pre-verify is for early rejections, post-verify for runs."""
+    full = expected_tokens(a, gamma)
+    assert full / tokens_a_round("no-pre", a, gamma, 20_000) == pytest.approx(pre, abs=0.03)
+    assert full / tokens_a_round("no-post", a, gamma, 20_000) == pytest.approx(post, abs=0.03)
 
 
 def test_the_formula_at_its_ends() -> None:

@@ -236,7 +236,7 @@ def test_tokens_a_round_are_as_the_formula_says(a: float, gamma: int) -> None:
 
 @pytest.mark.parametrize(("a", "gamma", "pre", "post"), [(0.58, 4, 1.25, 1.02), (0.9, 5, 1.03, 1.27)])
 def test_what_each_strategy_adds(a: float, gamma: int, pre: float, post: float) -> None:
-    """With rounds of equal time (gamma t_draft = t_target): pre-verify is for early rejections, post-verify for runs."""
+    """In rounds of equal time (gamma t_draft = t_target): pre-verify for early rejections, post-verify for runs."""
     full = expected_tokens(a, gamma)
     assert full / tokens_a_round("no-pre", a, gamma, 20_000) == pytest.approx(pre, abs=0.03)
     assert full / tokens_a_round("no-post", a, gamma, 20_000) == pytest.approx(post, abs=0.03)

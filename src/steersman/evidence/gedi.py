@@ -1,4 +1,4 @@
-"""GeDi's claims, on ``reviews``: a guide with a quarter of the base's layers, fitted anew for each seed.
+"""GeDi's claims, on ``reviews``: the guide that ``apply`` makes by default, fitted anew for each seed.
 
 A unit is a fit: its own batches, prompts and samples. Prompts leave the attribute open (each value keeps half its prior
 probability at least), and the grammar itself reads the finished texts. What a contender's weight should be is chosen
@@ -25,13 +25,7 @@ from steersman.evidence.study import Study
 LOSS = 0.05  # of validity that a weight may cost
 OMEGAS = {"quick": (3, 10, 30), "full": (1, 3, 5, 10, 30, 60)}
 SCALES = {"quick": (1.25, 1.5, 2.0), "full": (1.1, 1.25, 1.5, 2.0, 2.5, 3.0)}
-FITTED = {
-    "quick": "gedi:steps=360:length=40:batch_size=4:learning_rate=0.005",
-    "full": "gedi:steps=800:length=60:batch_size=8:learning_rate=0.005",
-}
-WEIGHTS = ("omega", "scale")
-TRAINING = ("steps", "length", "batch_size", "learning_rate")
-HYBRID, PLAIN = ":gen_weight=0.6", ":gen_weight=1"
+HYBRID, PLAIN = "gedi:gen_weight=0.6", "gedi:gen_weight=1"
 UNFILTERED, HELD_OUT = ":rho=1", ":held_out=phone"
 CFG, PROMPTED = "cfg", "prompting+cfg"
 
@@ -41,14 +35,14 @@ def named(text: str) -> str:
     return contenders.parse(text).label
 
 
-def guided(omega: float, knobs: str = HYBRID, scale: str = "quick") -> str:
+def guided(omega: float, of: str = HYBRID) -> str:
     """GeDi at a weight; contenders that differ in knobs of the processor alone share one fit."""
-    return named(f"{FITTED[scale]}{knobs}:omega={omega:g}")
+    return named(f"{of}:omega={omega:g}")
 
 
-def alone(mode: str, scale: str = "quick") -> str:
+def alone(mode: str) -> str:
     """What the same guide does without guiding."""
-    return named(f"{FITTED[scale]}{HYBRID}:mode={mode}")
+    return named(f"{HYBRID}:mode={mode}")
 
 
 def cfg(scale: float, of: str = PROMPTED) -> str:
@@ -56,28 +50,27 @@ def cfg(scale: float, of: str = PROMPTED) -> str:
 
 
 def studies(scale: str, seed: int) -> dict[str, Study]:
-    """Five fits of each guide for sentiment; at full scale longer fits, more prompts and weights, rudeness, and topics
+    """Five fits of a guide for sentiment; at full scale other lambdas, more prompts and weights, rudeness, and topics
     with one held out."""
     size = "quick" if scale == "quick" else "full"
     omegas, scales, n = OMEGAS[size], SCALES[size], {"quick": 16, "full": 50}[size]
     grid = {"new_tokens": 24, "count": n, "batch": n, "samples": 4, "marked": 3}
 
-    def swept(knobs: str) -> list[str]:
-        return [guided(omega, knobs, size) for omega in omegas]
+    def swept(of: str) -> list[str]:
+        return [guided(omega, of) for omega in omegas]
 
-    ours = [*swept(HYBRID), *swept(PLAIN)]
-    compared = ["sample", "word-bias", "prompting", *map(cfg, scales), *ours]
-    compared += [guided(30, HYBRID + UNFILTERED, size), alone("conditional", size), alone("best-of-4", size)]
+    compared = ["sample", "word-bias", "prompting", *map(cfg, scales), *swept(HYBRID)]
+    compared += [guided(30, HYBRID + UNFILTERED), alone("conditional"), alone("best-of-4")]
     sentiment = grid | {"attribute": "sentiment=positive"}
     if size == "quick":
         return {"sentiment": Study("control", tuple(compared), "reviews", sentiment)}
-    compared += [*[cfg(s, CFG) for s in scales], *swept(":gen_weight=0.8"), "conditional"]
+    compared += [*[cfg(s, CFG) for s in scales], *swept(PLAIN), *swept("gedi:gen_weight=0.8"), "conditional"]
     compared += [label for label in swept(HYBRID + UNFILTERED) if label not in compared]
     polite = grid | {"attribute": "rudeness=polite", "risk_low": 0.1, "risk_high": 0.95}
     topics = ("sample", *swept(HYBRID), *swept(HYBRID + HELD_OUT))
     return {
         "sentiment": Study("control", tuple(compared), "reviews", sentiment),
-        "rudeness": Study("control", ("sample", "word-bias", *ours), "reviews", polite),
+        "rudeness": Study("control", ("sample", "word-bias", *swept(HYBRID), *swept(PLAIN)), "reviews", polite),
         "topic": Study("control", topics, "reviews", grid | {"attribute": "topic=phone"}),
     }
 
@@ -106,10 +99,10 @@ def own_best(c: Comparison, like: str, figure: str = "success") -> np.ndarray:
     return np.array(found)
 
 
-def unweighted(label: str, left_out: tuple[str, ...] = (*WEIGHTS, *TRAINING)) -> str:
-    """A contender without its weights, and without the settings of training, of which each scale has its own."""
+def unweighted(label: str) -> str:
+    """A contender without its weights."""
     parts = contenders.parse(label).parts
-    kept = [{k: v for k, v in part.knobs.items() if k not in left_out} for part in parts]
+    kept = [{k: v for k, v in part.knobs.items() if k not in ("omega", "scale")} for part in parts]
     return "+".join(str(contenders.Part(part.id, knobs)) for part, knobs in zip(parts, kept, strict=True))
 
 
@@ -130,9 +123,7 @@ def more(figure: str, theirs: str, ours: str = guided(30)) -> Callable[[Comparis
 
 def filtered(c: Comparison) -> Effects:
     """Success with the filter less without, at the published weight."""
-    pair = [guided(30), guided(30, HYBRID + UNFILTERED)]
-    labels = [next(x for x in c.contenders if unweighted(x, TRAINING) == unweighted(y, TRAINING)) for y in pair]
-    return Effects(by_seed(c, "success", labels[0]) - by_seed(c, "success", labels[1]))
+    return Effects(by_seed(c, "success", guided(30)) - by_seed(c, "success", guided(30, HYBRID + UNFILTERED)))
 
 
 ABSTRACT = "abstract: stronger controllability"
@@ -157,6 +148,7 @@ CLAIMS = [
         more("success", guided(30, PLAIN)),
         0.0,
         "fit",
+        scales=FULL,
     ),
     Claim(
         "filter",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from steersman.engine.artefacts import run_verb
 from steersman.engine.compare import compare
 from steersman.errors import InputError
 from steersman.report.blocks import Note, TableBlock
@@ -96,3 +97,10 @@ def test_bad_input(contenders, grid, sentence):
 def test_a_linear_program_takes_few_tokens_only():
     found = compare("acceptance", "docs/small", ["ot-lp"], SMALL | {"temperature": 1.0, "n_drafts": 2}, seeds=1)
     assert found.rows[0].status == "ok" or "at most 10 tokens" in (found.rows[0].error or "")
+
+
+def test_the_probe_takes_reference_models_by_name(tmp_path: Path):
+    settings = {"draft": "docs/tiny", "places": "8", "temperatures": "1.0", "n_drafts": "2"}
+    record = run_verb("probe", "multi-draft", "docs/small", tmp_path / "out", settings=settings)
+    assert record["metrics"]["greedy"] == pytest.approx(record["metrics"]["bound_greedy"])
+    assert record["settings"]["places"] == 8 and (tmp_path / "out" / "acceptance.csv").is_file()

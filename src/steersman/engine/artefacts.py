@@ -248,7 +248,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             except (TypeError, ValueError):
                 continue
         elif option is Path and isinstance(value, str):
-            return Path(value)
+            return subjects.path_of(value)
         elif option is str or typing.get_origin(option) is not None or callable(option):
             # file.py:name for anything that the method takes as a callable or an object
             if isinstance(value, str) and option is not str and subjects.CODE.match(value):

@@ -177,6 +177,14 @@ def scorer(subject: Subject, attribute: str | None) -> Callable[[Sequence[str]],
     return score
 
 
+def path_of(text: str) -> Path:
+    """The folder of the reference model that ``text`` names, as a second model of a method; else ``text`` as a path."""
+    from steersman.reference import loading
+
+    folder = loading.path(text) if text.partition("/")[0] in loading.names() and ":" not in text else None
+    return Path(text if folder is None else folder)
+
+
 def tree_hash(path: Path) -> str:
     """A fingerprint of a file or folder: names and contents, large files by size and both ends.
 

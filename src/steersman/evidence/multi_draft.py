@@ -28,8 +28,8 @@ COLD, WARM = 0.2, 1.0
 
 
 def studies(scale: str, seed: int) -> dict[str, Study]:
-    """48 contexts a pair and temperature, 3 texts of 48 tokens (quick); 256, 8 of 96 (full); 512, 16 of 128 (gpu)."""
-    contexts, prompts, count, new = {"quick": (48, 6, 3, 48), "full": (256, 8, 8, 96), "gpu": (512, 16, 16, 128)}[scale]
+    """48 contexts a pair and temperature, 6 texts of 48 tokens (quick); 256, 8 of 96 (full); 512, 16 of 128 (gpu)."""
+    contexts, prompts, count, new = {"quick": (48, 6, 6, 48), "full": (256, 8, 8, 96), "gpu": (512, 16, 16, 128)}[scale]
     laws = {
         "draft": ["docs/tiny", "docs/small"],
         "temperature": [COLD, 0.6, WARM],

@@ -107,6 +107,13 @@ def acceptance(
     one_of("verifier", verifier, tuple(VERIFIERS))
     p, q = checked(p, q, n)
     fits(VERIFIERS[verifier], n, q.shape[1])
+    rates = _rates(p, q, n, verifier, ranking, generator)
+    return rates.clamp(0, 1)  # sums of many numbers may pass 1 by a rounding error
+
+
+def _rates(
+    p: Tensor, q: Tensor, n: int, verifier: str, ranking: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
     if verifier == "single":
         return torch.minimum(p, q).sum(1)
     if verifier in ("greedy", "spechub"):
@@ -223,10 +230,10 @@ def _least_without(p: Tensor, q: Tensor, n: int) -> Tensor:
 
     def advance(counts: list[Tensor], q: Tensor, T: Tensor) -> None:
         """One token more: P(N = k) <- e^(-qT) P(N = k) + (1 - e^(-qT)) P(N = k - 1)."""
-        ended = -torch.expm1(-q[..., None] * T)
-        stays = 1 - ended
+        minus_ended = torch.expm1(-q[..., None] * T)
+        stays = 1 + minus_ended
         for k in range(n - 1, 0, -1):
-            counts[k].mul_(stays).addcmul_(counts[k - 1], ended)
+            counts[k].mul_(stays).addcmul_(counts[k - 1], minus_ended, value=-1)
         counts[0].mul_(stays)
 
     T = T_BJ[:, None]

@@ -470,7 +470,9 @@ def test_values_of_actions_are_the_logits(q_model: QModel) -> None:
     actions = torch.randint(0, VOCABULARY, (3, 8))
     with torch.no_grad():
         whole, taken = q_model(ids).logits, q_model(ids, actions=actions).values
+        last = q_model(ids, logits_to_keep=1).logits
     assert torch.allclose(whole.gather(2, actions[..., None]).squeeze(2), taken, atol=1e-5)
+    assert torch.allclose(whole[:, -1:], last, atol=1e-6)
 
 
 def arguments(tmp_path: Path, **given: Any) -> TrainingArguments:

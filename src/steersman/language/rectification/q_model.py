@@ -153,6 +153,7 @@ class QModel(PreTrainedModel):
         use_cache: bool | None = None,
         inputs_embeds: Tensor | None = None,
         actions: Tensor | None = None,
+        logits_to_keep: int = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QOutput:
@@ -162,6 +163,7 @@ class QModel(PreTrainedModel):
             input_ids, attention_mask, position_ids, past_key_values, use_cache, inputs_embeds: as in any causal model.
                 Without positions they are counted along the mask, so that left padding shifts nothing.
             actions: tokens a_t, (B, T): only their values are computed, which takes no memory of the vocabulary's size.
+            logits_to_keep: values behind the last so many tokens alone; 0 is all.
         """
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
@@ -178,7 +180,7 @@ class QModel(PreTrainedModel):
         )
         hidden, cache = output.last_hidden_state, output.get("past_key_values")
         if actions is None:
-            return QOutput(logits=self.head(hidden), past_key_values=cache)
+            return QOutput(logits=self.head(hidden[:, -logits_to_keep:]), past_key_values=cache)
         target = None
         if self.target_head is not None:
             with torch.no_grad():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from steersman.language.q_star.rewards import tokenized
 from steersman.language.texts import read_rows
 
 FIRST = 64  # texts at most from which words of faults are found
+COMMON = 0.1  # share of these texts from which on a word is too common to be left out of pairs
 TRIES = 96  # replacements that are scored for a text
 CHUNK = 16
 
@@ -159,6 +161,9 @@ def planted(texts: Iterator[str], planter: Planter, count: int, unseen: float) -
         if found is not None:
             words.add(found[1])
     hidden: set[int] = set()
+    # Hardly a pair would be left without the words that many texts have.
+    common = Counter(token for text in first for token in {*planter.encoded(text)})
+    words = {word for word in words if common[word] <= COMMON * len(first)} or words
     if unseen > 0 and words:
         chosen = planter.rng.permutation(sorted(words))[: max(1, math.ceil(unseen * len(words)))]
         hidden = {int(token) for token in chosen}

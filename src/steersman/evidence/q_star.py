@@ -57,10 +57,10 @@ def beam(width: int) -> str:
 
 
 def studies(scale: str, seed: int) -> dict[str, Study]:
-    """128 pairs (96 for search) and 16 faults a fit, widths 1 and 5 (quick); 1000 pairs, 64 faults, widths to 20 and
+    """160 pairs (96 for search) and 16 faults a fit, widths 1 and 5 (quick); 1000 pairs, 64 faults, widths to 20 and
     drift (full)."""
     quick = scale == "quick"
-    credit = {"preferences": [128], "count": 16, "held_out": 16} if quick else {"preferences": [1000], "count": 64}
+    credit = {"preferences": [160], "count": 16, "held_out": 16} if quick else {"preferences": [1000], "count": 64}
     widths = (1, 5) if quick else (1, 2, 5, 10, 20)
     compared = [searched(k, scale) for k in widths] + [beam(k) for k in widths]
     if not quick:

@@ -1,4 +1,4 @@
-"""What steering by a guide costs per token, as a multiple of plain sampling from the same model.
+"""What each way to steer costs per token, as a multiple of plain sampling from the same model.
 
     python benchmarks/control_overhead.py [--layers 12] [--guide-layers 3] [--vocabulary 4096] [--batch 4] [--out FILE]
 
@@ -10,7 +10,9 @@ row of the batch under each code), and ``within`` says whether the multiple is b
 ``gradient`` is the least that a gradient method (PPLM) does: for each token, ``--iterations`` passes forward and back
 through the cached keys and values to raise the probability of a bag of words, and one pass forward.
 
-``rectification`` asks a value model of the guide's size, with its own head over the vocabulary, once for each row.
+``rectification`` asks a value model of the guide's size, with its own head over the vocabulary, once for each row;
+``rectification arithmetic`` has risks that are known, and no second model. ``second_model`` is what each second model's own
+cached step takes, as a share of the base's: one plus that is the least that the method can cost.
 
 Models are Llamas with random weights (by default a base of about 30M parameters and a guide with a quarter of its
 layers): speed does not depend on what the weights are.
@@ -29,9 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, TopKLogitsWarper
 
-from steersman.language import GeDi, QModel, Rectification
+from steersman.language import GeDi, MomentumDecoding, QModel, Rectification
 
 
 def build(layers: int, vocabulary: int, seed: int) -> Any:
@@ -116,13 +118,19 @@ def main() -> None:
     guide = build(options.guide_layers, options.vocabulary, 1)
     value = QModel.from_trunk(guide)
     torch.nn.init.normal_(value.head[-1].weight, std=0.02)  # type: ignore[arg-type]
+    risks = torch.rand(options.batch, options.vocabulary, generator=torch.Generator().manual_seed(3))
     shape = (options.batch, options.context)
     ids = torch.randint(3, options.vocabulary, shape, generator=torch.Generator().manual_seed(2))
     contenders: dict[str, Callable[[int], None]] = {
         "sample": lambda new: sampled(base, ids, new),
+        "top-k": lambda new: sampled(base, ids, new, logits_processor=[TopKLogitsWarper(50)]),
+        "momentum-decoding": lambda new: sampled(base, ids, new, logits_processor=[MomentumDecoding(sample=True)]),
         "gedi": lambda new: sampled(base, ids, new, logits_processor=[GeDi(guide, 1, 2)]),
         "gedi without filter": lambda new: sampled(base, ids, new, logits_processor=[GeDi(guide, 1, 2, rho=1.0)]),
         "rectification": lambda new: sampled(base, ids, new, logits_processor=[Rectification(value, 0.1)]),
+        "rectification arithmetic": lambda new: sampled(
+            base, ids, new, logits_processor=[Rectification(lambda ids: risks, 0.1)]
+        ),
         "cfg": lambda new: sampled(base, ids, new, guidance_scale=1.5),
         "gradient": lambda new: by_gradient(base, ids, new, options.iterations),
     }
@@ -156,7 +164,10 @@ def main() -> None:
         "ms_per_step": {name: round(1e3 * statistics.median(seconds), 3) for name, seconds in times.items()},
         "times_sample": {name: round(value, 3) for name, value in multiple.items()},
         "base_ms": round(1e3 * one, 3),
-        "guide_ms": round(1e3 * two, 3),
+        "second_model": {
+            "gedi": round(two / one, 3),
+            "rectification": round(cached_step(value, ids, 40) / one, 3),
+        },
         "bound": round(bound, 3),
         "within": multiple["gedi"] < bound,
         "gradient_by_gedi": round(multiple["gradient"] / multiple["gedi"], 2),

@@ -11,8 +11,8 @@ row of the batch under each code), and ``within`` says whether the multiple is b
 through the cached keys and values to raise the probability of a bag of words, and one pass forward.
 
 ``rectification`` asks a value model of the guide's size, with its own head over the vocabulary, once for each row;
-``rectification arithmetic`` has risks that are known, and no second model. ``second_model`` is what each second model's own
-cached step takes, as a share of the base's: one plus that is the least that the method can cost.
+``rectification arithmetic`` has risks that are known, and no second model. ``second_model`` is what each second model's
+own cached step takes, as a share of the base's: one plus that is the least that the method can cost.
 
 Models are Llamas with random weights (by default a base of about 30M parameters and a guide with a quarter of its
 layers): speed does not depend on what the weights are.

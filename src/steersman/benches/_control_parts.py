@@ -12,15 +12,12 @@ Analysis 2008, eqs. 15 to 22): with counts :math:`a_w, b_w` in texts with and wi
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -33,6 +30,7 @@ from steersman.benches._language import Prompt, Subject, load
 from steersman.engine import subjects
 from steersman.engine.bench import PartInfo
 from steersman.errors import InputError
+from steersman.language.texts import read_rows
 from steersman.language.vocabularies import same_vocabulary
 from steersman.reference import reviews
 
@@ -164,18 +162,10 @@ def telling_words(wanted: Sequence[str], others: Sequence[str]) -> list[tuple[st
 
 
 def _read_labelled(path: str, column: str | None, value: str | None) -> tuple[list[str], list[str]]:
-    file = Path(path).expanduser()
-    try:
-        if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        else:
-            with file.open(encoding="utf-8", newline="") as lines:
-                rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError("texts", path, f"a .jsonl or .csv file that can be read ({error})") from None
+    rows = read_rows(path, "texts")
     if column is None:
         raise InputError("attribute", None, "column=value: the column of the labelled texts and the wanted value")
-    if not rows or not all(isinstance(row, Mapping) and "text" in row and column in row for row in rows):
+    if not all("text" in row and column in row for row in rows):
         raise InputError("texts", path, f"rows with 'text' and {column!r}")
     wanted = [str(row["text"]) for row in rows if str(row[column]) == value]
     others = [str(row["text"]) for row in rows if str(row[column]) != value]

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
-from transformers.utils import logging
+from transformers import GenerationConfig, LogitsProcessor
 
 from steersman import catalog
 from steersman.engine import artefacts, subjects
 from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.errors import InputError, TrialError, nearest
+from steersman.language.loading import load_language_model
 from steersman.reference import docs, loading, reviews, text_metrics
 
 if TYPE_CHECKING:
@@ -89,37 +89,12 @@ def load(spec: str, parameter: str = "subject") -> Subject:
         InputError: nothing there that loads as a causal language model; the sentence says why.
     """
     found = subjects.resolve(spec)
-    if found.kind == "factory":
-        made = subjects.load_callable(spec, parameter)()
-        if not isinstance(made, tuple) or len(made) != 2 or not callable(getattr(made[0], "generate", None)):
-            raise InputError(parameter, spec, "a factory that returns (model, tokenizer)")
-        return Subject(spec, made[0].eval(), made[1])
     if found.kind == "endpoint" or (found.kind == "reference" and reference_name(spec) not in REFERENCES):
         raise InputError(parameter, spec, f"docs, reviews, {', '.join(REFERENCES)}, a model folder or a hub id")
-    source = str(found.path) if found.path is not None else spec
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, dtype="auto"
-        )
-    except Exception as error:  # a half-written folder fails in a dozen ways
-        line = " ".join(str(error).split()) or type(error).__name__
-        allowed = f"a model with tokenizer that transformers loads ({line[:200]})"
-        raise InputError(parameter, spec, allowed) from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-    model, report = loaded
-    if report["missing_keys"]:
-        lacking = sorted(report["missing_keys"])
-        raise InputError(parameter, spec, f"a model with all its weights ({len(lacking)} lack, as {lacking[0]})")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and model.dtype == torch.float16:
-        model = model.float()  # half precision is an emulation there
+    source = found.path if found.path is not None and found.kind != "factory" else spec
+    model, tokenizer = load_language_model(source, parameter)
     name = reference_name(spec) if found.kind == "reference" else None
-    return Subject(spec, model.to(device).eval(), tokenizer, name)
+    return Subject(spec, model, tokenizer, name)
 
 
 def reference_name(spec: str) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
-from steersman import quiet
 from steersman.callables import CODE, load_callable
 from steersman.errors import InputError, nearest
 from steersman.language.gedi.codes import ControlCodes, parted
 from steersman.language.gedi.training import GeDiTrainer, save_guide, tokenized
+from steersman.language.loading import load_language_model
 from steersman.language.texts import read_rows
 from steersman.language.training import Told, on_its_own
 from steersman.language.vocabularies import same_vocabulary
@@ -228,9 +228,9 @@ def _start(subject: str | Path, guide: str | None, layers: int | None) -> tuple[
     if CODE.match(str(subject)):
         model, tokenizer = load_callable(str(subject), "subject")()
     else:
-        model, tokenizer = _loaded(str(subject), "subject")
+        model, tokenizer = load_language_model(subject, "subject", "float32")
     if guide is not None:
-        other, own = _loaded(guide, "guide")
+        other, own = load_language_model(guide, "guide", "float32")
         same_vocabulary(tokenizer, own, "guide", guide)
         return (_first_layers(other, layers) if layers else other), tokenizer
     total = model.config.get_text_config().num_hidden_layers
@@ -247,16 +247,6 @@ def _told_apart(model: Any, ids: list[int], seed: int) -> None:
     for i in ids:
         direction = torch.randn(table.shape[1], generator=generator)
         table[i] = (direction * table.norm(dim=1).median() / direction.norm()).to(table)
-
-
-def _loaded(source: str, parameter: str) -> tuple[Any, Any]:
-    try:
-        with quiet.loading():
-            model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype="float32")
-            return model, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise InputError(parameter, source, f"a causal language model that transformers loads ({line})") from None
 
 
 def _first_layers(model: Any, layers: int) -> Any:

@@ -20,9 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from steersman import quiet
-from steersman.callables import CODE, load_callable
 from steersman.errors import InputError
+from steersman.language.loading import load_language_model
 from steersman.language.magic_word.attention_bound import attention_table, model_layer
 from steersman.language.magic_word.data import KINDS, read_pairs
 from steersman.language.magic_word.finding import NOTICE, Controllability, MagicWord, search_state, states_of
@@ -90,7 +89,7 @@ def probe(
     wanted = tuple(name.strip() for name in kinds.split(",") if name.strip())
     if input is None:
         raise InputError("input", None, "a .jsonl file of 'x0' and 'y', or a text file (no reference subject)")
-    model, tokenizer = _load(subject)
+    model, tokenizer = load_language_model(subject)
     system = System(model, tokenizer, bos=bos, alphabet=alphabet, batch=batch, seed=seed)
     pairs = read_pairs(input, system, states, shortest, longest, wanted, seed, multi_token)
     grouped = states_of(system, pairs, multi_token)
@@ -153,29 +152,6 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(piece) for piece in str(text).split(",") if piece.strip())
     except ValueError:
         raise InputError(name, text, "whole numbers with commas between, as 4,6,8") from None
-
-
-def _load(subject: str | Path) -> tuple[Any, Any]:
-    spec = str(subject)
-    if CODE.match(spec):
-        made = load_callable(spec, "subject")()
-        if not isinstance(made, tuple) or len(made) != 2:
-            raise InputError("subject", spec, "a factory that returns (model, tokenizer)")
-        return made[0].eval(), made[1]
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet.loading():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(spec)
-            model: Any = AutoModelForCausalLM.from_pretrained(spec, use_safetensors=True, dtype="auto")
-        except Exception as error:  # a half-written folder fails in a dozen ways
-            line = " ".join(str(error).split()) or type(error).__name__
-            raise InputError("subject", spec, f"a language model that transformers loads ({line[:200]})") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and model.dtype == torch.float16:
-        model = model.float()  # half precision is an emulation there
-    return model.to(device).eval(), tokenizer
 
 
 def _kept(path: Path, states: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:

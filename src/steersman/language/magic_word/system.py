@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steersman.errors import InputError
+from steersman.language.texts import opening_of
 
 Bos = Literal["outer", "inner"]
 KEPT = 4096
@@ -86,7 +87,7 @@ class System:
         self.batch = None if batch is None else whole("batch", batch, 1)
         text = getattr(model.config, "get_text_config", lambda: model.config)()
         self.positions: int | None = getattr(text, "max_position_embeddings", None)
-        self.opening = () if tokenizer is None else _opening(tokenizer)
+        self.opening = () if tokenizer is None else tuple(opening_of(tokenizer))
         known = inspect.signature(type(model).forward).parameters
         self.options = {name: value for name, value in (("use_cache", False),) if name in known}
         self.keeps_logits = "logits_to_keep" in known
@@ -347,15 +348,6 @@ class Objective:
             if self.state.verified(prompts[i].tolist(), self.y):
                 return int(i)
         return None
-
-
-def _opening(tokenizer: Any) -> tuple[int, ...]:
-    """Special tokens that the tokenizer puts in front of every text."""
-    with_special, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for cut in range(len(with_special) - len(text) + 1):
-        if with_special[cut : cut + len(text)] == text:
-            return tuple(with_special[:cut])
-    return ()
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steersman import quiet
-from steersman.callables import CODE, load_callable
 from steersman.errors import InputError
+from steersman.language.loading import load_language_model
 from steersman.language.multi_draft.acceptance import acceptance, optimal_acceptance
 from steersman.language.multi_draft.contexts import Contexts, contexts
 from steersman.language.multi_draft.laws import VERIFIERS
@@ -68,8 +66,8 @@ def probe(
     if draft is None:
         raise InputError("draft", None, "a smaller model with the subject's vocabulary: --set draft=./my-small-model")
     heats, counts = _numbers("temperatures", temperatures, float), _numbers("n_drafts", n_drafts, int)
-    target, tokenizer = _load(str(subject), "subject")
-    small, other = _load(str(draft), "draft")
+    target, tokenizer = load_language_model(subject)
+    small, other = load_language_model(draft, "draft")
     same_vocabulary(tokenizer, other, "draft", str(draft))
     limits = (getattr(model.config, "max_position_embeddings", None) for model in (target, small))
     room = min(limit or 2**31 for limit in limits) - new_tokens
@@ -176,25 +174,6 @@ def _numbers(name: str, text: str, kind: type) -> list[Any]:
         return [kind(piece) for piece in str(text).split(",")]
     except ValueError:
         raise InputError(name, text, "numbers with commas between") from None
-
-
-def _load(spec: str, parameter: str) -> tuple[Any, Any]:
-    if CODE.match(spec):
-        made = load_callable(spec, parameter)()
-        if not isinstance(made, tuple) or len(made) != 2:
-            raise InputError(parameter, spec, "a factory that returns (model, tokenizer)")
-        return made[0].eval(), made[1]
-    with quiet.loading():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(spec)
-            model: Any = AutoModelForCausalLM.from_pretrained(spec, use_safetensors=True, dtype="auto")
-        except Exception as error:  # a half-written folder fails in a dozen ways
-            line = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(parameter, spec, f"a language model that transformers loads ({line[:200]})") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and model.dtype == torch.float16:
-        model = model.float()  # half precision is an emulation there
-    return model.to(device).eval(), tokenizer
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steersman.errors import InputError
-from steersman.language.q_star.rewards import TokenRewards, load, positive, token_rewards
+from steersman.language.loading import load_language_model
+from steersman.language.q_star.rewards import TokenRewards, positive, token_rewards
 from steersman.language.q_star.training import RECORD, fingerprint
 from steersman.language.texts import opening_of, read_rows
 from steersman.language.vocabularies import same_vocabulary
@@ -184,8 +185,8 @@ def probe(
     named = str(reference or on_record)
     if on_record == "reference":
         named = str(Path(subject) / "reference")
-    policy, tokenizer = load(subject, "subject")
-    ref, ref_tokenizer = load(named, "reference")
+    policy, tokenizer = load_language_model(subject, "subject")
+    ref, ref_tokenizer = load_language_model(named, "reference")
     same_vocabulary(tokenizer, ref_tokenizer, "reference", named)
     if "fingerprint" in record and fingerprint(ref) != record["fingerprint"]:
         raise InputError("reference", named, "the model that the policy was tuned from (its weights are others)")

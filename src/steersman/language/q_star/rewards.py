@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from steersman.errors import InputError
+from steersman.language.loading import load_language_model
 from steersman.language.vocabularies import same_size, same_vocabulary
 
 Rows = Sequence[str] | Sequence[Sequence[int]]
@@ -237,31 +238,6 @@ def without_adapter(policy: Any) -> Iterator[Any]:
         yield policy
 
 
-def load(spec: str | Path, parameter: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, in evaluation mode.
-
-    Raises:
-        InputError: nothing there that loads.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from steersman import quiet
-
-    try:
-        with quiet.loading():
-            tokenizer = AutoTokenizer.from_pretrained(spec)
-            model = AutoModelForCausalLM.from_pretrained(spec, use_safetensors=True, dtype="auto")
-    except Exception as error:  # a half-written folder fails in a dozen ways
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            parameter, str(spec), f"a model with tokenizer that transformers loads ({line[:200]})"
-        ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and model.dtype == torch.float16:
-        model = model.float()  # half precision is an emulation there
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
-
-
 def positive(parameter: str, value: Any) -> float:
     """``value`` as a float.
 
@@ -369,7 +345,7 @@ def _reference_log_probabilities(
         with without_adapter(policy) as base:
             return log_probabilities(base, prompts, completions, batch_size)
     if isinstance(reference, (str, Path)):
-        reference, reference_tokenizer = load(reference, "reference")
+        reference, reference_tokenizer = load_language_model(reference, "reference")
     if not callable(reference):  # logged
         logged = [torch.as_tensor(row) for row in reference]
         logged = [row if row.dtype == torch.float64 else row.float() for row in logged]

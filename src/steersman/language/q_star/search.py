@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from steersman.errors import InputError
+from steersman.language.loading import load_language_model
 from steersman.language.prefix import PrefixModel
-from steersman.language.q_star.rewards import load
 from steersman.language.vocabularies import fitted, same_vocabulary
 
 
@@ -60,7 +60,7 @@ class LikelihoodSearch:
             InputError: no policy there, or its vocabulary isn't that of ``tokenizer``.
         """
         _width(num_beams)
-        model, own = load(folder, "folder")
+        model, own = load_language_model(folder, "folder")
         if tokenizer is not None:
             same_vocabulary(tokenizer, own, "folder", str(folder))
         return cls(model, num_beams)

@@ -25,9 +25,10 @@ from transformers import PrinterCallback
 
 from steersman import quiet
 from steersman.errors import InputError
+from steersman.language.loading import load_language_model
 from steersman.language.q_star.monitoring import Drift, RewardDriftCallback
 from steersman.language.q_star.preferences import Pair, as_pairs, beginnings, sampled_pairs
-from steersman.language.q_star.rewards import load, positive, tokenized
+from steersman.language.q_star.rewards import positive, tokenized
 from steersman.language.texts import read_rows
 from steersman.language.training import Told, on_its_own
 
@@ -109,7 +110,7 @@ def apply(
     if made and scorer is None:
         allowed = "file.py:name of a function from texts to numbers (or give an input with prompt, chosen and rejected)"
         raise InputError("scorer", None, allowed)
-    model, tokenizer = load(subject, "subject")
+    model, tokenizer = load_language_model(subject, "subject")
     if tokenizer.eos_token_id is None:
         raise InputError("subject", str(subject), "a model whose tokenizer has an end-of-sequence token")
     wanted = pairs + (held_out if made else 0)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
 
 from steersman import quiet
 from steersman.errors import InputError
@@ -22,12 +20,13 @@ from steersman.language.rectification.trajectories import (
     Scorer,
     Trajectory,
     cut_prompts,
-    read_rows,
     recorded,
     scored,
     selected,
     written,
 )
+from steersman.language.texts import opening_of, read_rows, texts_of
+from steersman.language.training import Told, on_its_own
 from steersman.language.vocabularies import same_vocabulary
 
 HELD_OUT = 0.1  # of the prompts
@@ -121,10 +120,11 @@ def apply(
         raise InputError("attribute", attribute, "column=value, as rudeness=polite")
     if input is None:
         raise InputError("input", None, "a .jsonl or .csv file of texts")
-    rows = read_rows(Path(input))
+    rows = read_rows(input)
+    texts_of(rows, "text", input)
     tokenizer = AutoTokenizer.from_pretrained(subject)
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-    with _own_randomness(seed):
+    with on_its_own(seed):
         model = QModel.from_trunk(_vocabulary_checked(trunk, tokenizer, "trunk") or subject, layers, head_dropout)
         model.to(device)
         learned, held_out = _texts(
@@ -146,7 +146,7 @@ def apply(
             )  # fmt: skip
             trainer = DeadEndTrainer(
                 model, arguments, gamma=gamma, lam=lam, tau=tau, include_prompt=include_prompt,
-                train_dataset=[t.row() for t in learned], callbacks=[_Log(log)],
+                train_dataset=[t.row() for t in learned], callbacks=[Told(log)],
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -205,7 +205,7 @@ def _texts(
     near: int | None, continuations: int, new_tokens: int, drop_rate: float | None, longest: int,
 ) -> tuple[list[Trajectory], list[Trajectory]]:  # fmt: skip
     """Texts to learn from, and all texts of prompts that were held out."""
-    opening = _opening(tokenizer)
+    opening = opening_of(tokenizer)
     labelled = all(row.get(column) not in (None, "") for row in rows)
     if any(row.get(name) not in (None, "") for row in rows for name in ("reward", "score")):
         return _split(recorded(rows, tokenizer, opening, longest), rng)
@@ -249,34 +249,5 @@ def _vocabulary_checked(folder: str | None, tokenizer: Any, parameter: str) -> s
     return folder
 
 
-def _opening(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text: the beginning-of-sequence token, or nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
 def _longest(model: QModel) -> int:
     return model.config.max_position_embeddings or 2048
-
-
-class _Log(TrainerCallback):
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self.log = log
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.log(f"step {state.global_step}/{state.max_steps}: loss {float(logs['loss']):.4g}")
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Seeded inside, and as it was afterwards: ``Trainer`` seeds all generators of the process."""
-    python, legacy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)

@@ -8,12 +8,9 @@ undesired one (``most``): half of what is kept may be bad where one in a hundred
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,30 +45,6 @@ class Trajectory:
             "reward": self.reward,
             "prompt_length": self.prompt_length,
         }
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl or .csv file, each with ``text``.
-
-    Raises:
-        InputError: another file, a row without text, or no row.
-    """
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        elif path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            raise InputError("input", str(path), "a .jsonl or .csv file with texts")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise InputError("input", str(path), f"a .jsonl or .csv file that can be read ({error})") from None
-    if not rows:
-        raise InputError("input", str(path), "a file with at least one text")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"].strip():
-            raise InputError("input", str(path), f"rows with 'text' (row {number} has none)")
-    return rows
 
 
 def recorded(

@@ -231,7 +231,7 @@ class ValueScorer:
         x = self.tokenizer([t + end for t in texts], return_tensors="pt", padding=True, padding_side="right")
         self.tokens += int(x["attention_mask"].sum())
         logits = self.model(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).logits
-        labels: dict[int, str] = self.model.config.id2label
+        labels: Any = self.model.config.id2label
         p = dict(zip(labels.values(), logits.double().sigmoid().T.numpy(), strict=True))
         return 1 - p["rude"] if self.value == "polite" else p[self.value]
 
@@ -361,8 +361,8 @@ class NegativePrompt(UnbatchedClassifierFreeGuidanceLogitsProcessor):
 
     def __init__(self, scale: float, branch: Branch, ids: Sequence[Sequence[int]], pad: int) -> None:
         width = max(map(len, ids))
-        padded = torch.full((len(ids), width), pad)
-        mask = torch.zeros_like(padded)
+        padded: Any = torch.full((len(ids), width), pad)
+        mask: Any = torch.zeros_like(padded)
         for i, row in enumerate(ids):
             padded[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1

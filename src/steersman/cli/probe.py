@@ -29,9 +29,7 @@ def probe(
     input: Input = None,
     pairs: Pairs = None,
     seed: Annotated[int, typer.Option(help="For everything random.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON on standard output.")] = False,
 ) -> None:
     """Measure a property of a subject with a method; 'subject' tells what the subject is."""

@@ -8,7 +8,7 @@ forwards take:
 * ``own``: what the pair takes on this machine;
 * ``deep``: the target has ``--layers`` layers more, which add nothing to its states. It has the same law and the times
   of a larger model, so that drafting is cheap beside it, as with the models that people speculate with;
-* ``simulated``: 64 ms a forward of the target, and 16, 8 or 4 ms one of the draft (``--latencies``), whatever it
+* ``simulated``: 64 ms a forward of the target, and 8 or 4 ms one of the draft (``--latencies``), whatever it
   computes (sleeping): devices that are bound by memory, PEARL's two among them. It shows schedules, not a machine.
 
 Each kind of contender is tuned first, with as many settings for each, on prompts of its own. Then the best setting of
@@ -43,7 +43,7 @@ SETTINGS = {
         "assisted:num_assistant_tokens=8:confidence=0",
     ],
     "multi-draft": [
-        f"multi-draft:n_drafts={n}:depth={depth}" for n, depth in ((1, 3), (2, 2), (2, 4), (3, 2), (3, 3), (3, 4))
+        f"multi-draft:n_drafts={n}:depth={depth}" for n, depth in ((1, 3), (2, 2), (3, 2), (3, 3), (3, 4), (4, 3))
     ],
     "pearl": ["pearl", *(f"pearl:gamma={gamma}" for gamma in (1, 2, 3, 4, 6))],
 }
@@ -112,11 +112,11 @@ def main() -> None:
     parser.add_argument("--subject", default="docs/base", help="the target (mode deep: docs/base)")
     parser.add_argument("--draft", default="docs/small", help="the draft model")
     parser.add_argument("--modes", default="own,deep,simulated", help="own, deep, simulated; comma-separated")
-    parser.add_argument("--latencies", default="16:64,8:64,4:64", help="draft:target in ms, comma-separated")
+    parser.add_argument("--latencies", default="8:64,4:64", help="draft:target in ms, comma-separated")
     parser.add_argument("--temperatures", default="0,1", help="0 is greedy; comma-separated")
     parser.add_argument("--count", type=int, default=2, help="prompts a round")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens a text")
-    parser.add_argument("--tuning", type=int, default=2, help="rounds of tuning")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens a text")
+    parser.add_argument("--tuning", type=int, default=1, help="rounds of tuning")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, in total for each contender")
     parser.add_argument("--out", type=Path, help="write the JSON there as well")

@@ -827,7 +827,7 @@ def test_no_texts_and_no_model_are_refused(tmp_path: Path) -> None:
         apply(tmp_path, None, tmp_path, attribute="mood=happy")
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in labelled_rows(20)))
-    with pytest.raises(InputError, match="a causal language model that transformers loads"):
+    with pytest.raises(InputError, match="a model with tokenizer that transformers loads"):
         apply(tmp_path, file, tmp_path, attribute="mood=happy")
 
 

@@ -845,7 +845,7 @@ def test_apply_refuses(tmp_path: Path) -> None:
     for line, said in (
         ('{"text": "a b", "reward": 0.5}', "reward=0.5"),
         ('{"words": 1}', "row 1"),
-        ("{", "can be read"),
+        ("{", "line 1"),
     ):
         bad.write_text(line + "\n")
         with pytest.raises(InputError, match=said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from steersman.errors import InputError
+from steersman.language import prefix
 from steersman.language.prefix import PrefixModel
 from tests.language.conftest import PAD, VOCABULARY, left_padded, tiny
 
@@ -92,6 +95,44 @@ def test_threads_carry_their_own(model) -> None:
             list(pool.map(lambda batch: agrees(asked, batch), texts))
     copied = pickle.loads(pickle.dumps(asked))
     agrees(copied, texts[0])
+
+
+@pytest.mark.parametrize("opening", [[], [[7, 9], [8, 9]]])
+def test_long_prompts_go_in_pieces(model, opening, monkeypatch) -> None:
+    asked = PrefixModel(model, pad_token_id=PAD, opening=opening, totals=True)
+    monkeypatch.setattr(prefix, "MOST", 3 * 2 * 2 * VOCABULARY)
+    fed = []
+    hook = model.register_forward_pre_hook(lambda module, args: fed.append(args[0].shape[1]))
+    agrees(asked, [[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [5]])
+    hook.remove()
+    assert len(fed) > 4
+    agrees(asked, [[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [5, 2]])
+
+
+@pytest.mark.parametrize("opening", [[], [7]])
+def test_a_call_that_failed_is_not_gone_on_from(model, opening) -> None:
+    asked = PrefixModel(model, pad_token_id=PAD, opening=opening, totals=True)
+    batch = [[2, 3, 4, 5], [6, 7, 8, 9]]
+    agrees(asked, batch)
+    with pytest.raises(InputError, match="at most 256"):
+        asked(torch.full((1, 300), 6))
+    agrees(asked, [batch[1], batch[0]])
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asked(torch.tensor([[6, 7, 2]]))
+    hook.remove()
+    agrees(asked, batch)
+    agrees(asked, [[*batch[1], 3], [*batch[0], 2]])
+
+
+def test_adapters_know_positions(model) -> None:
+    modules = ["c_attn"] if model.config.model_type == "gpt2" else ["q_proj", "v_proj"]
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=modules, init_lora_weights=False)).eval()
+    agrees(PrefixModel(adapted, pad_token_id=PAD, totals=True), [[2, 3, 4, 5], [6]])
 
 
 def test_padding_is_limited_to_the_prompt(model) -> None:

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from steersman.errors import InputError
-from steersman.language.vocabularies import fitted, same_size, same_vocabulary
+from steersman.language.vocabularies import fitted, only_padding, same_size, same_vocabulary
 from tests.language.conftest import tiny
 
 
@@ -44,3 +44,20 @@ def test_logits_fit_the_other_size() -> None:
     assert torch.equal(fitted(logits, 3), logits[:, :3])
     longer = fitted(logits, 7)
     assert torch.equal(longer[:, :5], logits) and bool((longer[:, 5:] == -torch.inf).all())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "padding"),
+    [
+        (151_936, 152_064, True),  # Qwen2.5 of 0.5B and of 7B
+        (151_665, 151_936, True),
+        (50_257, 50_304, True),
+        (32_000, 32_001, False),
+        (32_000, 32_768, False),
+        (2000, 2048, True),
+        (1600, 2048, False),
+        (128_256, 151_936, False),
+    ],
+)
+def test_what_is_padding(one, other, padding) -> None:
+    assert only_padding(one, other) is padding is only_padding(other, one)

@@ -27,6 +27,8 @@ from transformers.cache_utils import DynamicLayer
 
 from steersman.errors import InputError
 
+MOST = 2**27  # logits that are looked at together
+
 
 @dataclass(frozen=True)
 class Step:
@@ -95,10 +97,12 @@ class PrefixModel:
         self.openings: list[list[int]] = [list(row) for row in opening] if many else [list(opening)]  # type: ignore
         if any(self.openings) != all(self.openings):
             raise InputError("opening", self.openings, "token ids for every opening, or for none")
-        self.n = len(self.openings)
+        self.n, self.width = len(self.openings), max(map(len, self.openings))
+        self.size = model.config.get_text_config().vocab_size
         self.totals = totals
         self.limit = getattr(model.config, "max_position_embeddings", None)
-        takes = inspect.signature(model.forward).parameters
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's forward takes anything
+        takes = inspect.signature(getattr(inner, "_orig_mod", inner).forward).parameters
         self._positions, self._last_only = "position_ids" in takes, "logits_to_keep" in takes
         self._opened: Tensor | None = None
         self._carried = Carried()
@@ -120,19 +124,27 @@ class PrefixModel:
         carried = self._carried
         ids = input_ids.to(self.model.device)
         length = ids.shape[1]
+        if self.limit is not None and self.width + length > self.limit:
+            allowed = f"at most {self.limit} for {type(self.model).__name__} (with an opening of {self.width})"
+            raise InputError("input_ids", f"{length} tokens", allowed)
         text = self._text(ids)
         parent, kept = self._matched(ids)
         if kept == length and carried.last is not None:  # asked before, in any order
-            rows = self._all(parent)
+            rows = slice(None) if parent is None else self._all(parent)
             sums = carried.sums[rows, -1] if carried.sums is not None else None
             return Step(carried.last[rows], sums, text.sum(1))
         start = self._resume(parent, kept)
-        logits = self._feed(ids, text, start)
-        if self.totals:
-            self._add(ids, text, logits, start)
-        carried.ids, carried.last = ids.clone(), logits[:, -1].clone()
+        # The totals need the logits behind every column: a long prompt of a large vocabulary goes in pieces.
+        piece = max(1, MOST // (self.n * len(ids) * self.size)) if self.totals else length
+        for stop in [*range(start + piece, length, piece), length]:
+            logits = self._feed(ids[:, :stop], text[:, :stop], start)
+            if self.totals:
+                self._add(ids[:, :stop], text[:, :stop], logits, start)
+            last, start = logits[:, -1].clone(), stop
+            carried.last = last
+        carried.ids = ids.clone()
         sums = carried.sums[:, -1] if carried.sums is not None else None
-        return Step(carried.last, sums, text.sum(1))
+        return Step(last, sums, text.sum(1))
 
     # --- inside -------------------------------------------------------------------------------------------
 
@@ -145,15 +157,15 @@ class PrefixModel:
             padding[:, self.prompt_length :] = False
         return ~padding
 
-    def _matched(self, ids: Tensor) -> tuple[Tensor, int]:
-        """The cached row that each text goes on from, and how many columns all share with theirs."""
-        carried = self._carried
-        if carried.ids is None:
-            return torch.empty(0, dtype=torch.long, device=ids.device), 0
-        before = carried.ids
+    def _matched(self, ids: Tensor) -> tuple[Tensor | None, int]:
+        """The cached row that each text goes on from (None: its own), and how many columns all share with theirs."""
+        before = self._carried.ids
+        if before is None:
+            return None, 0
         width = min(before.shape[1], ids.shape[1])
+        parent: Tensor | None = None
         if before.shape[0] == ids.shape[0] and torch.equal(before[:, :width], ids[:, :width]):
-            parent, shared = torch.arange(len(ids), device=ids.device), width
+            shared = width
         else:
             same = (ids[:, None, :width] == before[None, :, :width]).cumprod(2).sum(2)  # (B, R)
             most, parent = same.max(1)
@@ -168,20 +180,21 @@ class PrefixModel:
         assert carried.ids is not None
         return (torch.arange(self.n, device=rows.device)[:, None] * len(carried.ids) + rows).flatten()
 
-    def _resume(self, parent: Tensor, kept: int) -> int:
+    def _resume(self, parent: Tensor | None, kept: int) -> int:
         """Bring the cache to the columns that are shared, and say from which column on to feed."""
         carried = self._carried
-        assert carried.ids is None or carried.cache is not None
+        rows = None if parent is None else self._all(parent)
         back = 0 if carried.ids is None else carried.ids.shape[1] - kept
+        known = carried.ids is not None
+        carried.ids = None  # until the texts' passes are through, nothing here is to be gone on from
         if back and self.totals:
             # The next token's log-probability needs the outputs behind the last shared column: feed that again.
             kept, back = kept - 1, back + 1
-        if carried.ids is None or kept <= 0:
-            carried.ids = carried.last = carried.sums = None
+        if not known or kept <= 0:
+            carried.last = carried.sums = None
             carried.cache = DynamicCache()
             return 0
-        rows = self._all(parent)
-        if not torch.equal(rows, torch.arange(self.n * len(carried.ids), device=rows.device)):
+        if rows is not None:
             carried.cache.batch_select_indices(rows)
             carried.last = None if carried.last is None else carried.last[rows]
             carried.sums = None if carried.sums is None else carried.sums[rows]
@@ -196,15 +209,12 @@ class PrefixModel:
         (nB, T - start, V) float32."""
         carried = self._carried
         new = ids[:, start:].repeat(self.n, 1)
-        width = max(map(len, self.openings))
+        width = self.width
         opening, opens = self._opening(ids.device)  # (n, O) each
         mask = torch.cat([opens.repeat_interleave(len(ids), 0), text.repeat(self.n, 1)], 1)
         if start == 0 and width:
             new = torch.cat([opening.repeat_interleave(len(ids), 0), new], 1)
         places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        if self.limit is not None and mask.shape[1] > self.limit:
-            allowed = f"at most {self.limit} for {type(self.model).__name__} (with an opening of {width})"
-            raise InputError("input_ids", f"{ids.shape[1]} tokens", allowed)
         given: dict[str, Any] = {"position_ids": places} if self._positions else {}
         if self._last_only and not self.totals:
             given["logits_to_keep"] = 1
@@ -221,7 +231,7 @@ class PrefixModel:
 
     def _opening(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The openings, padded on the left, and which of their columns count, (n, O)."""
-        width = max(map(len, self.openings))
+        width = self.width
         rows = [[0] * (width - len(row)) + row for row in self.openings]
         counts = [[False] * (width - len(row)) + [True] * len(row) for row in self.openings]
         shape = (self.n, width)

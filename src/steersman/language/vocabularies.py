@@ -43,7 +43,7 @@ def same_size(target: Any, other: Any, parameter: str, used: int | None = None) 
     """Refuse ``other`` if it can't have the vocabulary of ``target``, where there are no tokenizers to compare.
 
     Embeddings may have rows behind the vocabulary that no token uses, so sizes may differ by padding: by less than
-    128 rows, and to a multiple of 8. Rows that ``used`` says are tokens must be in both.
+    128 rows, or 1 % of the vocabulary and at most 1024, and to a multiple of 8. Rows that ``used`` says are tokens must be in both.
 
     Args:
         target, other: causal language models of transformers.
@@ -64,7 +64,8 @@ def same_size(target: Any, other: Any, parameter: str, used: int | None = None) 
 def only_padding(one: int, other: int) -> bool:
     """Whether two vocabulary sizes differ by no more than an embedding's rows of padding."""
     larger, smaller = max(one, other), min(one, other)
-    return larger == smaller or (larger - smaller < 128 and larger % 8 == 0)
+    most = max(127, min(1024, smaller // 100))  # models of one family pad 151,665 tokens to 151,936 and to 152,064
+    return larger == smaller or (larger - smaller <= most and larger % 8 == 0)
 
 
 def fitted(logits: Tensor, size: int) -> Tensor:

@@ -53,12 +53,14 @@ class Carried(threading.local):
         last: logits behind their last column, (nR, V).
         sums: totals up to each column, (nR, T').
         cache: of nR rows.
+        opened: law behind each opening, (n, V) log-probabilities.
     """
 
     ids: Tensor | None = None
     last: Tensor | None = None
     sums: Tensor | None = None
     cache: Any = None
+    opened: Tensor | None = None
 
 
 class PrefixModel:
@@ -104,7 +106,6 @@ class PrefixModel:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's forward takes anything
         takes = inspect.signature(getattr(inner, "_orig_mod", inner).forward).parameters
         self._positions, self._last_only = "position_ids" in takes, "logits_to_keep" in takes
-        self._opened: Tensor | None = None
         self._carried = Carried()
 
     def forget(self) -> None:
@@ -224,8 +225,8 @@ class PrefixModel:
         carried.cache = output.past_key_values
         logits = output.logits.float()
         if self.totals and start == 0 and width:
-            if self._opened is None:
-                self._opened = logits[:: len(ids), width - 1].log_softmax(-1)
+            if carried.opened is None:
+                carried.opened = logits[:: len(ids), width - 1].log_softmax(-1)
             logits = logits[:, width:]
         return logits
 
@@ -250,8 +251,8 @@ class PrefixModel:
         counted = text.repeat(self.n, 1)
         first = ((counted.long().cumsum(1) == 1) & counted)[:, start:]
         behind = torch.zeros_like(said)
-        if self._opened is not None:
-            behind = self._opened.repeat_interleave(len(ids), 0).gather(1, token)
+        if carried.opened is not None:
+            behind = carried.opened.repeat_interleave(len(ids), 0).gather(1, token)
         said = torch.where(first, behind, said).masked_fill(~counted[:, start:], 0.0)
         known = carried.sums
         if known is None or not start:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from steersman.errors import InputError
 from steersman.language.q_star import (
@@ -390,6 +391,14 @@ def test_implicit_reward_search_respects_padding_and_forbidden_tokens() -> None:
         assert 7 not in out[0, len(row) :].tolist()
 
 
+def test_implicit_reward_search_follows_the_device_and_size_of_scores() -> None:
+    ids, search = torch.tensor([[3, 4]]), ImplicitRewardSearch(tiny("gpt2"))
+    assert search(ids, torch.zeros(1, VOCABULARY, device="meta")).device.type == "meta"  # as where models are apart
+    assert search(ids, torch.zeros(1, VOCABULARY + 7)).shape == (1, VOCABULARY + 7)  # 48: rows of padding
+    with pytest.raises(InputError, match=r"reference=.*policy's vocabulary \(43 tokens\)"):
+        search(ids, torch.zeros(1, 43))
+
+
 def test_implicit_reward_of_the_reference_itself_is_nothing() -> None:
     model = tiny("gpt2")
     ids = torch.tensor([[4, 5], [6, 7]])
@@ -568,6 +577,34 @@ def test_drift_is_what_token_rewards_say(trainer: Any, tokenizer: Any) -> None:
     assert last.minus_beta_kl == pytest.approx(-0.3 * kl, abs=1e-4) and last.minus_beta_kl < 0
     assert start.chosen != 0  # here the policy was not made from its reference
     assert last.chosen - last.rejected > start.chosen - start.rejected
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest float32 tensor that was made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def test_logits_become_float32_one_answer_at_a_time(trainer: Any) -> None:
+    """Of a large vocabulary, those of a batch are gigabytes."""
+    size, longest = 2000, 8
+    policy, reference = (tiny("llama", seed, size).bfloat16() for seed in (0, 1))
+    rows = [[3] * 30] * 8, [[5] * n for n in range(1, longest + 1)]
+    with Largest() as seen:
+        token_rewards(policy, reference, *rows, 0.1)
+    assert 0 < seen.numbers <= longest * size
+    watch = RewardDriftCallback(trainer)
+    watch.prompts, watch._samples = rows
+    trainer.ref_model = reference
+    with Largest() as seen, torch.no_grad():
+        kl, _ = watch._divergence(policy)
+    assert len(kl) == 8 and 0 < seen.numbers <= longest * size
 
 
 def test_drift_of_adapters(tokenizer: Any) -> None:
@@ -795,6 +832,15 @@ def test_probe_writes_credit_of_a_users_texts(policy: Path, subject: Path, tmp_p
     assert metrics["answers"] == 4 and metrics["beta"] == 0.1 and metrics["accuracy"] in (0.0, 1.0)
     rows = [json.loads(line) for line in (tmp_path / "credit.jsonl").read_text().splitlines()]
     assert [row["role"] for row in rows] == ["chosen", "rejected", "answer", "text"]
+    # The sums of pairs are DPO's rewards, which count the end of the text; the user's own texts may go on.
+    from transformers import AutoModelForCausalLM
+
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (policy, subject)]
+    given = [[lines[0]["prompt"]] * 2, [lines[0]["chosen"], lines[0]["rejected"]]]
+    trained = token_rewards(*models, *given, 0.1, tokenizer=tokenizer, end=True)
+    assert [row["total"] for row in rows[:2]] == pytest.approx(trained.totals.tolist(), abs=1e-5)
+    assert [row["tokens"][-1].strip() == "</s>" for row in rows] == [True, True, False, False]
+    assert [word["text"] for word in rows[0]["words"]] == ["good", ".", "</s>"]
     last = rows[-1]
     assert "".join(last["tokens"]).split() == lines[2]["text"].split()
     assert sum(last["rewards"]) == pytest.approx(last["total"], abs=1e-5)
@@ -870,6 +916,14 @@ def test_colours_follow_signs(tokenizer: Any) -> None:
     assert [(red == "200", float(depth)) for red, depth, _ in marks] == [
         (v < 0, pytest.approx(abs(v), abs=0.005)) for v in found.scaled[0].tolist()
     ]
+
+
+def test_terminals_are_not_steered_by_answers() -> None:
+    policy, reference, tokens = tiny("llama", 0, vocab_size=300), tiny("llama", 1, vocab_size=300), byte_tokenizer()
+    said = "a\x1b[2Jb\rc\x07d\n"
+    found = token_rewards(policy, reference, ["x"], [said], 1.0, tokenizer=tokens)
+    line = re.sub(r"\x1b\[(30;48;5;\d+|0)m", "", terminal(found, tokens)[0])
+    assert line == "a\ufffd[2Jb\ufffdc\ufffdd\n"
 
 
 # ------------------------------------------------------------------ bad input

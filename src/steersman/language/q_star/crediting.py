@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from steersman.errors import InputError
 from steersman.language.loading import load_language_model
-from steersman.language.q_star.rewards import TokenRewards, positive, token_rewards
+from steersman.language.q_star.rewards import TokenRewards, positive, token_rewards, tokenized
 from steersman.language.q_star.training import RECORD, fingerprint
 from steersman.language.texts import opening_of, read_rows
 from steersman.language.vocabularies import same_vocabulary
@@ -60,15 +61,20 @@ def pieces(tokenizer: Any, prompt: Sequence[int], completion: Sequence[int]) -> 
 def spans(rewards: TokenRewards, tokenizer: Any, unit: Literal["word", "sentence"] = "word") -> list[list[Span]]:
     """Rewards of words or sentences of each answer: mean and sum over their tokens.
 
-    A token belongs to the span in which its last visible character lies; one of spaces alone to the span before.
+    A token belongs to the span in which its last visible character lies; one of spaces alone to the span before. A
+    special token, as the end of a text, is a span of its own.
     """
     if unit not in UNITS:
         raise InputError("unit", unit, "word or sentence")
-    found = []
+    found, marks = [], set(tokenizer.all_special_ids)
     for prompt, completion, row in zip(rewards.prompts, rewards.completions, rewards.rewards, strict=True):
         shown = pieces(tokenizer, prompt, completion)
-        text = "".join(shown)
-        units = [(m.start(), m.end()) for m in re.finditer(UNITS[unit], text) if m.group().strip()]
+        text, units = "", []
+        for special, run in itertools.groupby(zip(completion, shown, strict=True), lambda pair: pair[0] in marks):
+            for piece in [p for _, p in run] if special else ["".join(p for _, p in run)]:
+                found_in = [(0, len(piece))] if special else [m.span() for m in re.finditer(UNITS[unit], piece)]
+                units += [(len(text) + a, len(text) + b) for a, b in found_in if piece[a:b].strip()]
+                text += piece
         members: list[list[int]] = [[] for _ in units]
         at, current = 0, 0
         for t, piece in enumerate(shown):
@@ -89,7 +95,10 @@ def spans(rewards: TokenRewards, tokenizer: Any, unit: Literal["word", "sentence
 
 
 def terminal(rewards: TokenRewards, tokenizer: Any) -> list[str]:
-    """Each answer for a terminal: tokens that were rewarded on green, punished ones on red, the stronger the deeper."""
+    """Each answer for a terminal: tokens that were rewarded on green, punished ones on red, the stronger the deeper.
+
+    Control characters of the answers are replaced: what a model says must not steer the terminal.
+    """
     lines = []
     for prompt, completion, scaled in zip(rewards.prompts, rewards.completions, rewards.scaled, strict=True):
         line = ""
@@ -97,7 +106,8 @@ def terminal(rewards: TokenRewards, tokenizer: Any) -> list[str]:
             level = round(abs(value) * 5)
             r, g, b = (5, 5 - level, 5 - level) if value < 0 else (5 - level, 5, 5 - level)
             colour = f"\x1b[30;48;5;{16 + 36 * r + 6 * g + b}m"
-            line += f"{colour}{piece}\x1b[0m" if level else piece
+            said = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in piece)
+            line += f"{colour}{said}\x1b[0m" if level else said
         lines.append(line)
     return lines
 
@@ -159,7 +169,8 @@ def probe(
     Args:
         subject: the policy, a folder or hub id.
         input: .jsonl or .csv with ``prompt`` and ``completion``; or ``prompt``, ``chosen`` and ``rejected``; or
-            ``text``.
+            ``text``. Answers of pairs end with the end-of-sequence token, as in training, so that their sums are
+            DPO's rewards.
         out: where both files go.
         seed: of nothing: the rewards are exact.
         log: gets a line now and then.
@@ -192,11 +203,16 @@ def probe(
         raise InputError("reference", named, "the model that the policy was tuned from (its weights are others)")
     rows = _answers(read_rows(input), tokenizer, input)
     log(f"{len(rows)} answers")
+    prompts, answers = tokenized([prompt for _, prompt, _ in rows], [answer for _, _, answer in rows], tokenizer)
+    end = tokenizer.eos_token_id
+    for (role, _, _), answer in zip(rows, answers, strict=True):
+        if role in ("chosen", "rejected") and end is not None and answer[-1] != end:
+            answer.append(end)
     found = token_rewards(
         policy,
         ref,
-        [prompt for _, prompt, _ in rows],
-        [completion for _, _, completion in rows],
+        prompts,
+        answers,
         beta,
         tokenizer=tokenizer,
         reference_tokenizer=ref_tokenizer,

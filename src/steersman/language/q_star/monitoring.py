@@ -139,16 +139,15 @@ class RewardDriftCallback(TrainerCallback):
             prompts, answers = self.prompts[at : at + 16], self._samples[at : at + 16]
             ids, mask = right_padded([[*a, *b] for a, b in zip(prompts, answers, strict=True)], policy.device)
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            q = policy(**inputs).logits[:, :-1].float().log_softmax(-1)
+            ours = policy(**inputs).logits
             with self._as_reference() as reference:
-                p = reference(**inputs).logits[:, :-1].float().log_softmax(-1)
-            position = torch.arange(1, ids.shape[1], device=ids.device)
-            first = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)
-            said = (position >= first) & mask[:, 1:].bool()
-            by_state = (p.exp() * (p - q)).nansum(-1)  # where p is 0, nothing
-            ratio = (q - p).gather(-1, ids[:, 1:, None])[..., 0]
-            kl += torch.where(said, by_state, 0.0).sum(1).tolist()
-            ratios += torch.where(said, ratio, 0.0).sum(1).tolist()
+                theirs = reference(**inputs).logits
+            for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+                # One answer at a time in float32: all at once are gigabytes.
+                said = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+                q, p = (logits[b, said].float().log_softmax(-1) for logits in (ours, theirs))
+                kl.append(float((p.exp() * (p - q)).nansum()))  # where p is 0, nothing
+                ratios.append(float((q - p).gather(-1, ids[b, len(prompt) :][: len(answer), None]).sum()))
         policy.train(training)
         return kl, ratios
 

@@ -197,18 +197,17 @@ def log_probabilities(
         for at in range(0, len(rows), batch_size):
             batch = order[at : at + batch_size]
             ids, mask = right_padded([rows[i] for i in batch], model.device)
-            start = min(len(prompts[i]) for i in batch)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, start - 1 : -1]
-            known = of_tokens(logits, ids[:, start:]).cpu()
-            for b, i in enumerate(batch):
-                found[i] = known[b, len(prompts[i]) - start : len(rows[i]) - start]
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for b, i in enumerate(batch):  # one answer at a time in float32: all at once are gigabytes
+                said = slice(len(prompts[i]), len(rows[i]))
+                found[i] = of_tokens(logits[b, said.start - 1 : said.stop - 1], ids[b, said]).cpu()
     finally:
         model.train(training)
     return found
 
 
 def of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
-    """log softmax of (B, T, V) logits at (B, T) tokens, in float32 or float64."""
+    """log softmax of (..., T, V) logits at (..., T) tokens, in float32 or float64."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 

@@ -23,7 +23,7 @@ from transformers import LogitsProcessor
 from steersman.errors import InputError
 from steersman.language.loading import load_language_model
 from steersman.language.prefix import PrefixModel
-from steersman.language.vocabularies import fitted, same_vocabulary
+from steersman.language.vocabularies import fitted, only_padding, same_vocabulary
 
 
 class LikelihoodSearch:
@@ -114,8 +114,8 @@ class ImplicitRewardSearch(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) less the reference's log-probabilities; what is forbidden (-inf) stays so."""
-        theirs = self.reference(input_ids).logits.log_softmax(-1)
-        if abs(theirs.shape[-1] - scores.shape[-1]) >= 128:  # more than rows of padding
+        theirs = self.reference(input_ids).logits.log_softmax(-1).to(scores.device)
+        if not only_padding(scores.shape[-1], theirs.shape[-1]):
             found = f"a model with {theirs.shape[-1]} tokens"
             raise InputError("reference", found, f"one with the policy's vocabulary ({scores.shape[-1]} tokens)")
         theirs = fitted(theirs, scores.shape[-1])

@@ -158,6 +158,14 @@ def test_a_users_pairs_faults_and_policy(own: Path, tmp_path: Path) -> None:
     found = compare(CreditBench(), str(own / "model"), methods, grid, seeds=1, out=tmp_path / "run")
     assert [row.status for row in found.rows] == ["ok"] * 3, [row.error for row in found.rows]
     assert "fit_s" not in found.rows[0].figures
+    from transformers import AutoModelForCausalLM
+
+    # Weights that unpickling would load run code: such a folder is refused.
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    (policy / "model.safetensors").unlink()
+    torch.save(model.state_dict(), policy / "pytorch_model.bin")
+    (row,) = compare(CreditBench(), str(own / "model"), [str(policy)], grid, seeds=1, out=tmp_path / "again").rows
+    assert row.status != "ok" and "safetensors" in str(row.error)
 
 
 @pytest.mark.parametrize(

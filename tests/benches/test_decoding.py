@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
 
 from steersman import catalog
-from steersman.benches._language import load, read_prompts
+from steersman.benches._language import Host, Mounted, Prompt, load, read_prompts
 from steersman.benches.decoding import PARTS, DecodingBench
 from steersman.engine.bench import PartInfo
 from steersman.engine.compare import compare
 from steersman.engine.comparison import Comparison
+from steersman.engine.contenders import Part
 from steersman.errors import InputError
 from steersman.language import ContrastiveSearch, MomentumDecoding
 from steersman.reference import text_metrics
@@ -111,6 +112,28 @@ def test_forward_tokens_are_counts(everything: Comparison) -> None:
     assert counted["beam"] == counted["momentum-decoding+beam"] == pytest.approx(4 * once)
     # The first look at a model compares the tree of candidates with rows: outside the figures.
     assert counted["contrastive"] == pytest.approx(5)
+
+
+class Guided(LogitsProcessor):
+    """Runs a model beside: first on two codes by themselves, then on the text, then a token each step."""
+
+    def __init__(self, guide: Any) -> None:
+        self.networks, self.fed = (guide,), 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for code in ([[5]], [[6]]) if not self.fed else ():
+            self.networks[0](torch.tensor(code))
+        self.networks[0](input_ids[:, self.fed :])
+        self.fed = input_ids.shape[1]
+        return scores
+
+
+def test_codes_that_are_read_first_are_no_tokens_of_the_text(folder: Path) -> None:
+    s, guide = load(str(folder)), load(str(folder)).model
+    prompts = [Prompt((1, 9, 10, 11)), Prompt((1, 12, 13, 14))]
+    h = Host(s, prompts, {}, [Mounted(Part("guided"), lambda: Guided(guide), {})])
+    written = DecodingBench().generate(h, prompts, NEW, False, 0)
+    assert written.forwards == 2 * 2 * (NEW - 1)  # two rows, two models
 
 
 def test_texts_are_those_of_generate(everything: Comparison, folder: Path) -> None:
@@ -248,12 +271,34 @@ def test_prompt_files(folder: Path, tmp_path: Path) -> None:
     assert 0 <= found.values("divergence", "greedy")[0] <= 1
 
 
+def test_line_separators_inside_of_a_text(folder: Path, tmp_path: Path) -> None:
+    """JSON may hold U+2028 as it is; a line ends with a line feed alone."""
+    s = load(str(folder))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("a\u2028b\n", encoding="utf-8")
+    for name in ("p.jsonl", "p.txt"):
+        (prompt,) = read_prompts(str(tmp_path / name), s, 3)
+        assert s.tokenizer.decode(list(prompt.ids), skip_special_tokens=True) == "a\u2028b"
+
+
+def test_openings_of_two_tokens(folder: Path, tmp_path: Path) -> None:
+    s = load(str(folder))
+    assert s.opening == []
+    s.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <pad> $A", special_tokens=[("<s>", 1), ("<pad>", 0)]
+    )
+    assert s.opening == [1, 0]
+    (tmp_path / "p.txt").write_text("the list\n")
+    (prompt,) = read_prompts(str(tmp_path / "p.txt"), s, 3)
+    assert list(prompt.ids) == s.tokenizer("the list")["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
         ("p.jsonl", "{broken", "line 1"),
-        ("p.jsonl", '{"question": "x"}', "line 1 has neither"),
-        ("p.jsonl", '"text"', "line 1 has neither"),
+        ("p.jsonl", '{"question": "x"}', "row 1 has neither"),
+        ("p.jsonl", '"text"', "line 1 is none"),
         ("p.txt", "\n\n", "at least one prompt"),
         ("p.txt", None, "can be read"),
     ],

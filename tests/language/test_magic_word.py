@@ -592,6 +592,52 @@ def test_budget_is_kept_and_gcg_starts_again() -> None:
     assert objective.passes == BackOff(2, (3,), 5, 20, 8).cost(30)
 
 
+class Stub(Objective):
+    """Never reached; the loss of a prompt is given by its length and by how many prompts were scored before."""
+
+    def __init__(self, budget: int | None, loss: Any) -> None:
+        super().__init__(State(System(tiny("gpt2", 5, 30)), (3, 1, 4)), (6,), budget)
+        self.loss, self.lengths = loss, []
+
+    def scores(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        self.passes += len(prompts)
+        self.lengths.append(prompts.shape[1])
+        value = self.loss(prompts.shape[1], len(self.lengths))
+        return torch.full((len(prompts),), value), torch.zeros(len(prompts), dtype=torch.bool)
+
+    def scan(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scores(torch.cat([self.allowed[:, None], prompt.expand(len(self.allowed), -1)], 1))
+
+    def gradient(self, prompt: Tensor) -> Tensor:
+        self.passes += 3
+        return torch.zeros(len(prompt), 30)
+
+
+def test_gcg_alone_shares_the_budget_over_all_lengths() -> None:
+    """With what the back-off search takes, GCG alone searches its longest prompts as long as the others."""
+    back_off = BackOff(3, (4, 6), 15, 10, 8)
+    budget = back_off.cost(30)
+    objective = Stub(budget, lambda length, call: 1.0)
+    GCG((1, 2, 3, 4, 6), 15, 10, 8).search(objective, torch.Generator().manual_seed(0))
+    counts = [objective.lengths.count(length) for length in (1, 2, 3, 4, 6)]
+    assert min(counts) > 2 and max(counts) - min(counts) <= 1, counts
+    assert budget - 14 < objective.passes <= budget
+    whole = Stub(budget, lambda length, call: 1.0)
+    back_off.search(whole, torch.Generator().manual_seed(0))
+    assert [whole.lengths.count(length) for length in (4, 6)] == [16, 16]  # its own schedule is not cut
+
+
+def test_later_runs_keep_what_was_better() -> None:
+    """A new round from random prompts, or a longer prompt, that is worse does not replace the best."""
+    objective = Stub(200, lambda length, call: 0.1 if call <= 2 else 5.0)
+    found = GCG((2, 3), 2, 10, 8).search(objective, torch.Generator().manual_seed(0))
+    assert found.loss == pytest.approx(0.1) and len(found.prompt) == 2 and len(found.last) == 3
+    assert objective.lengths.count(2) > 4 and len(found.losses[2]) == objective.lengths.count(2)  # rounds began again
+    for search in (Greedy(3), BackOff(2, (4,), 2, 10, 8)):
+        found = search.search(Stub(None, lambda length, call: float(length)), torch.Generator().manual_seed(0))
+        assert found.loss == 1.0 and len(found.prompt) == 1
+
+
 def word(k: int | None, rank: int, kind: str = "") -> MagicWord:
     return MagicWord((1,), (2,), (3,), k, (3, 1), "", True, 1.0, rank, 1, kind)
 
@@ -749,16 +795,20 @@ def test_targets_are_of_their_class(tmp_path: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"x0": "the list", "y": "z"}\n\n{"x0": "ab", "y": "c", "kind": "mine"}\n')
     one, two = read_pairs(tmp_path / "a.jsonl", system)
     assert (one.kind, two.kind, two.x0, two.y) == ("given", "mine", (3, 4), (5,))
+    # JSON may hold U+2028 as it is; a line ends with a line feed alone.
+    row = {"x0": "ab", "y": "c", "kind": "my\u2028own"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [pair.kind for pair in read_pairs(tmp_path / "b.jsonl", system)] == ["my\u2028own"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", '{"x0": "a"}\n', "line 1 has neither"),
-        ("a.jsonl", '{"x0": "a", "y": ""}\n', "line 1 has neither"),
+        ("a.jsonl", '{"x0": "a"}\n', "row 1 has neither"),
+        ("a.jsonl", '{"x0": "a", "y": ""}\n', "row 1 has neither"),
         ("a.jsonl", "{nothing\n", "line 1"),
-        ("a.jsonl", "\n", "at least one pair"),
-        ("a.jsonl", '{"x0": "a", "y": "b"}\n{"x0": "a", "y": "bc"}\n', "multi_token=True allows more) (line 2"),
+        ("a.jsonl", "\n", "at least one row"),
+        ("a.jsonl", '{"x0": "a", "y": "b"}\n{"x0": "a", "y": "bc"}\n', "multi_token=True allows more) (row 2"),
         ("a.txt", "too short", "at most 0"),
     ],
 )

@@ -23,6 +23,7 @@ from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.errors import InputError, TrialError, nearest
 from steersman.language.loading import load_language_model
+from steersman.language.texts import opening_of, read_rows
 from steersman.reference import docs, loading, reviews, text_metrics
 
 if TYPE_CHECKING:
@@ -69,10 +70,8 @@ class Subject:
 
     @property
     def opening(self) -> list[int]:
-        """What the tokenizer puts before every text: the beginning-of-sequence token, or nothing."""
-        bos = self.tokenizer.bos_token_id
-        ids = self.tokenizer("a")["input_ids"]
-        return [bos] if bos is not None and ids[:1] == [bos] else []
+        """What the tokenizer puts before every text: often the beginning-of-sequence token, or nothing."""
+        return opening_of(self.tokenizer)
 
     @property
     def positions(self) -> float:
@@ -113,29 +112,23 @@ def read_prompts(path: str, s: Subject, length: int) -> list[Prompt]:
         InputError: no such file, a line of another form, or no prompt at all.
     """
     file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("prompts", path, f"a text file that can be read ({error})") from None
     found: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            found.append(Prompt((*s.opening, *_tokens(s, line))))
-            continue
+    if file.suffix.lower() != ".jsonl":
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError("prompts", path, f"a file of JSON lines (line {number}: {error})") from None
-        text = record.get("prompt", record.get("text")) if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text:
-            raise InputError("prompts", path, f"lines with 'prompt' or 'text' (line {number} has neither)")
-        ids = _tokens(s, text)
-        if "prompt" in record:
-            found.append(Prompt((*s.opening, *ids), tuple(_tokens(s, str(record.get("continuation", ""))))))
-        else:
-            found.append(Prompt((*s.opening, *ids[:length]), tuple(ids[length:])))
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("prompts", path, f"a text file that can be read ({error})") from None
+        found = [Prompt((*s.opening, *_tokens(s, line))) for line in lines if line.strip()]
+    else:
+        for number, record in enumerate(read_rows(file, "prompts"), 1):
+            text = record.get("prompt", record.get("text"))
+            if not isinstance(text, str) or not text:
+                raise InputError("prompts", path, f"rows with 'prompt' or 'text' (row {number} has neither)")
+            ids = _tokens(s, text)
+            if "prompt" in record:
+                found.append(Prompt((*s.opening, *ids), tuple(_tokens(s, str(record.get("continuation", ""))))))
+            else:
+                found.append(Prompt((*s.opening, *ids[:length]), tuple(ids[length:])))
     if not found:
         raise InputError("prompts", path, "a file with at least one prompt")
     return found
@@ -192,6 +185,17 @@ class NoNaN(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if bool(scores.isnan().any()):
             raise TrialError(f"the model gave NaN at new token {input_ids.shape[1] - self.prompt + 1}")
+        return scores
+
+
+class FirstCall(LogitsProcessor):
+    """Stands behind all processors and notes once, when their first call is over, how often networks were run."""
+
+    def __init__(self, count: Callable[[], dict[int, int]]) -> None:
+        self.count, self.before = count, dict[int, int]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.before = self.before or self.count()
         return scores
 
 
@@ -273,7 +277,8 @@ class Written:
     Args:
         rows: new tokens of each row (with the end-of-sequence token, if it may end).
         seconds: of the call.
-        forwards: tokens that passed through the models after each one's first pass, the prompt's.
+        forwards: tokens that passed through the models after the prompt's pass. Of a model that a processor runs, the
+            prompt's is whatever passes until the processors' first call is over (codes that are read by themselves).
         made: the parts' objects, in order.
     """
 
@@ -438,7 +443,9 @@ class LanguageBench:
             min_new_tokens=None if stop or end is None else new,
             **({"do_sample": False} | h.options),
         )
-        processors = [NoNaN(width), *(m for m in made if isinstance(m, LogitsProcessor))]
+        beside = {id(n) for m in made if isinstance(m, LogitsProcessor) for n in getattr(m, "networks", ())}
+        first = FirstCall(lambda: {key: max(1, len(passed[key])) for key in beside})
+        processors = [NoNaN(width), *(m for m in made if isinstance(m, LogitsProcessor)), first]
         loops = [m for m in made if callable(m) and not isinstance(m, LogitsProcessor)]
         own = model.generation_config
         model.generation_config = GenerationConfig()  # its settings would fill the gaps of ours
@@ -469,7 +476,8 @@ class LanguageBench:
             model.generation_config = own
         if stop and end is not None:
             rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
-        return Written(rows, seconds, sum(sum(counts[1:]) for counts in passed.values()), made)
+        forwards = sum(sum(counts[first.before.get(key, 1) :]) for key, counts in passed.items())
+        return Written(rows, seconds, forwards, made)
 
 
 def _counter(counts: list[int]) -> Callable[..., None]:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from steersman import catalog, quiet
 from steersman.benches._faults import Case, Planter, load_cases, load_pairs, planted, read_cases, save, without
@@ -36,6 +35,7 @@ from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.fits import Fits
 from steersman.engine.streams import Streams
 from steersman.errors import InputError, nearest
+from steersman.language.loading import load_language_model
 from steersman.language.q_star import (
     Pair,
     apply,
@@ -432,11 +432,9 @@ class CreditBench:
             folder = log.fits.get(key, make)
             figures["fit_s"] = Fits.seconds(folder)
             record = json.loads((folder / "q_star.json").read_text())
-        with quiet.loading():
-            policy = AutoModelForCausalLM.from_pretrained(folder).to(s.model.device).eval()
-            reference = s.model
-            if (folder / "reference").is_dir():
-                reference = AutoModelForCausalLM.from_pretrained(folder / "reference").to(s.model.device).eval()
+        policy, reference = load_language_model(folder, "methods")[0].to(s.model.device), s.model
+        if (folder / "reference").is_dir():
+            reference = load_language_model(folder / "reference", "methods")[0].to(s.model.device)
         if h.folder is not None and record["fingerprint"] != fingerprint(reference):
             raise InputError("subject", s.spec, f"the model that {h.folder} was tuned from")
         return policy, reference, float(record["beta"])
@@ -469,7 +467,7 @@ def _rows(path: str) -> list[dict[str, Any]]:
         texts_of(rows, "text", path, "texts")
         return rows
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("texts", path, f"a text file that can be read ({error})") from None
     if not lines:

@@ -9,7 +9,6 @@ Special tokens and rows of the embedding without a token are no targets.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from steersman.errors import InputError
 from steersman.language.magic_word.finding import Pair
 from steersman.language.magic_word.system import State, System, whole
+from steersman.language.texts import read_rows
 
 KINDS = ("true-next", "top-75", "uniform")
 TOP = 75
@@ -119,36 +119,28 @@ def read_pairs(
         InputError: a file that can't be read, or a line of another form; the sentence says which.
     """
     file = Path(path).expanduser()
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("input", str(path), f"a text file that can be read ({error})") from None
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("input", str(path), f"a text file that can be read ({error})") from None
         return pairs_from_text(system, content, states, shortest, longest, kinds, seed)
     pairs: list[Pair] = []
     texts: list[str] = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError("input", str(path), f"a file of JSON lines (line {number}: {error})") from None
-        fields: list[Any] = [record.get(name) for name in ("x0", "y", "text")] if isinstance(record, dict) else []
+    for number, record in enumerate(read_rows(file), 1):
+        fields: list[Any] = [record.get(name) for name in ("x0", "y", "text")]
         filled = [isinstance(value, str) and value != "" for value in fields]
         if filled == [False, False, True]:
             texts.append(fields[2])
             continue
         if filled != [True, True, False]:
-            allowed = f"lines with the texts 'x0' and 'y', or with 'text' (line {number} has neither)"
+            allowed = f"rows with the texts 'x0' and 'y', or with 'text' (row {number} has neither)"
             raise InputError("input", str(path), allowed)
         try:
             x0, y = system.encode(fields[0], "x0"), system.answer(fields[1], multi_token)
         except InputError as error:
-            raise InputError(error.parameter, error.value, f"{error.allowed} (line {number} of {path})") from None
+            raise InputError(error.parameter, error.value, f"{error.allowed} (row {number} of {path})") from None
         pairs.append(Pair(x0, y, str(record.get("kind", "given"))))
     if texts:
         pairs += pairs_from_text(system, "\n\n".join(texts), states, shortest, longest, kinds, seed)
-    if not pairs:
-        raise InputError("input", str(path), "a file with at least one pair")
     return pairs

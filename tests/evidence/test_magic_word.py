@@ -32,10 +32,6 @@ class Rows:
     def select(self, contender: str, **setting: Any) -> list[Any]:
         return [row for row, label in zip(self.rows, self.words, strict=True) if label == contender]
 
-    def paired_items(self, figure: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        one, two = (np.array([float(getattr(w, figure)) for w in self.words[label]]) for label in (a, b))
-        return one, two, np.zeros(len(one))
-
 
 def word(x0: int, kind: str, k: int | None, loss: float = 1.0, rank: int = 0) -> MagicWord:
     return MagicWord((x0,), (2,), (3,), k, (3, x0), "", True, loss, rank, 1, kind)
@@ -60,8 +56,10 @@ def rows(tmp_path: Path) -> Any:
 
 def test_effects(rows: Any) -> None:
     paired = evidence.reached_more("random")(rows)
-    assert paired.values.tolist() == [1, 0, 1, 1] and paired.reference.tolist() == [0, 0, 1, 1]
-    assert evidence.lower_loss("random")(rows).values.tolist() == [0.5]  # the one pair that neither reached
+    assert paired.kind == "difference" and paired.values.tolist() == [1, 0, 0, 0]
+    assert paired.clusters.tolist() == [0, 0, 1, 1]  # two targets of each state are one unit
+    lower = evidence.lower_loss("random")(rows)
+    assert lower.values.tolist() == [0.5] and lower.clusters.tolist() == [0]  # the one pair that neither reached
     states = evidence.kind_over("true-next", "top-75")(rows)
     assert states.values.tolist() == [1, 1] and states.reference.tolist() == [0, 1]
     # Lengths 7 and 1, ranks 3 and 0: a correlation of 1.

@@ -2,8 +2,9 @@ r"""Evidence for magic words: the back-off search beside its parts at equal forw
 
 The language models are the shipped ``docs`` ones. Every seed cuts states of its own from held-out documents, draws the
 targets, the ids that prompts may use (quick: 1024 of 4096) and the search's random numbers, which all contenders share.
-A pair (state, target) is one unit; the budget of a pair is what the back-off search takes at most, and the other
-searches may spend as much. Greedy search alone goes to the longest prompt and is then at its end.
+A state is one unit: the effects of its targets are averaged. The budget of a pair is what the back-off search takes at
+most, and the other searches may spend as much, GCG and random prompts in equal shares for all lengths. Greedy search
+alone goes to the longest prompt and is then at its end. Pairs that need no prompt (k = 0) count as reached.
 
 The cross-entropy is compared on pairs that neither of the two searches reached: a search that reaches a target stops
 there.
@@ -32,7 +33,7 @@ from steersman.engine.contenders import Part, checked_knobs
 from steersman.engine.streams import Streams
 from steersman.errors import InputError, TrialError, nearest
 from steersman.evidence.study import Study
-from steersman.language.magic_word import Head, System, attention_bound, best_attack, model_layer
+from steersman.language.magic_word import Head, MagicWord, System, attention_bound, best_attack, model_layer
 from steersman.reference import docs
 from steersman.report.blocks import Block, TableBlock
 
@@ -196,26 +197,41 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     return found
 
 
+def paired(comparison: Comparison, rival: str) -> list[tuple[MagicWord, MagicWord]]:
+    """What the back-off search and the rival found for the same state and target."""
+    theirs = {(word.x0, word.y, word.kind): word for word in words_of(comparison, rival, {})}
+    ours = words_of(comparison, OURS, {})
+    found = [(word, theirs[key]) for word in ours if (key := (word.x0, word.y, word.kind)) in theirs]
+    if not found:
+        raise LookupError(f"no pairs that {OURS} and {rival} searched")
+    return found
+
+
+def states_of(words: list[tuple[MagicWord, MagicWord]]) -> np.ndarray:
+    """The number of each pair's state: targets of one state are no independent units."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return np.array([numbers.setdefault(ours.x0, len(numbers)) for ours, _ in words])
+
+
 def reached_more(rival: str) -> Callable[[Comparison], Effects]:
-    """By pair: whether the back-off search reached it, beside whether the rival did."""
+    """By state: the share of its targets that the back-off search reached, minus the rival's share."""
 
     def effects(comparison: Comparison) -> Effects:
-        ours, theirs, _ = comparison.paired_items("reached", OURS, rival)
-        return Effects(ours, kind="paired-rate", reference=theirs)
+        words = paired(comparison, rival)
+        values = np.array([float(ours.reached) - float(theirs.reached) for ours, theirs in words])
+        return Effects(values, states_of(words))
 
     return effects
 
 
 def lower_loss(rival: str) -> Callable[[Comparison], Effects]:
-    """By pair that neither search reached: the rival's cross-entropy minus that of the back-off search."""
+    """By state, over its targets that neither reached: the rival's cross-entropy minus that of the back-off search."""
 
     def effects(comparison: Comparison) -> Effects:
-        ours, theirs, _ = comparison.paired_items("loss", OURS, rival)
-        mine, others, _ = comparison.paired_items("reached", OURS, rival)
-        open_ = (mine == 0) & (others == 0)
-        if not open_.any():
+        words = [(ours, theirs) for ours, theirs in paired(comparison, rival) if not (ours.reached or theirs.reached)]
+        if not words:
             raise LookupError(f"no pair that neither {OURS} nor {rival} reached")
-        return Effects((theirs - ours)[open_])
+        return Effects(np.array([theirs.loss - ours.loss for ours, theirs in words]), states_of(words))
 
     return effects
 
@@ -288,7 +304,7 @@ def printed_is_violated(comparison: Comparison) -> Effects:
 CLAIMS = [
     Claim(
         "reaches-random",
-        "It reaches more pairs than random prompts of the same number of forward passes.",
+        "It reaches more pairs, those that need no prompt counted, than random prompts of as many forward passes.",
         "not in the paper",
         "searches",
         reached_more(RANDOM),
@@ -296,7 +312,7 @@ CLAIMS = [
     ),
     Claim(
         "reaches-greedy",
-        "It reaches as many pairs as greedy back generation alone, or fewer by under 5 points.",
+        "It reaches as many pairs, those without a prompt counted, as greedy search alone, or fewer by under 5 points.",
         "Algorithm 1",
         "searches",
         reached_more(GREEDY),
@@ -305,7 +321,7 @@ CLAIMS = [
     ),
     Claim(
         "reaches-gcg",
-        "It reaches as many pairs as GCG alone, or fewer by under 5 points.",
+        "It reaches as many pairs, those that need no prompt counted, as GCG alone, or fewer by under 5 points.",
         "Algorithm 1",
         "searches",
         reached_more(GCG),
@@ -314,7 +330,7 @@ CLAIMS = [
     ),
     Claim(
         "reaches-published",
-        "Testing every candidate reaches as many pairs as testing the arg min alone, or fewer by under 2 points.",
+        "Testing all candidates reaches as many pairs (k = 0 counted) as the arg min alone, or under 2 points fewer.",
         "not in the paper",
         "searches",
         reached_more(PUBLISHED),
@@ -348,7 +364,7 @@ CLAIMS = [
     ),
     Claim(
         "true-next",
-        "True next tokens are reached more often than tokens among the 75 most probable, by more than 10 points.",
+        "True next tokens are the top choice, with a prompt or without, more often than top-75 ones by over 10 points.",
         "Section 5 (97% and 89% on Falcon-7b)",
         "searches",
         kind_over("true-next", "top-75"),
@@ -357,7 +373,7 @@ CLAIMS = [
     ),
     Claim(
         "top-75",
-        "Tokens among the 75 most probable are reached more often than tokens of uniform rank.",
+        "Tokens among the 75 most probable are the top choice, with a prompt or without, more often than uniform ones.",
         "Section 5 (89% and 46% on Falcon-7b)",
         "searches",
         kind_over("top-75", "uniform"),
@@ -365,7 +381,7 @@ CLAIMS = [
     ),
     Claim(
         "rank",
-        "Among the 75 most probable tokens, prompt length hardly depends on the prior rank: a correlation below 0.3.",
+        "Among top-75 tokens, prompt length (0 counted) hardly depends on the prior rank: a correlation below 0.3.",
         "Section 5.3 (nearly unrelated)",
         "searches",
         unrelated_to_rank("top-75", 0.3),
@@ -373,7 +389,7 @@ CLAIMS = [
     ),
     Claim(
         "confirmed",
-        "Every pair that is reported as reached is confirmed by a fresh pass over its row.",
+        "Every pair reported as reached, with a prompt or without, is confirmed by a fresh pass over its row.",
         "definition of reachability",
         "searches",
         confirmed,

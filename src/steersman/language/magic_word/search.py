@@ -14,6 +14,7 @@ The logits of every candidate are there anyway, so with ``success="any"`` each o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -33,16 +34,24 @@ class Found:
     """What a search ends with.
 
     Args:
-        prompt: the prompt that reaches y, or else the one of least loss of the longest length tried.
+        prompt: the prompt that reaches y, or else the one of least loss among those that the lengths ended with.
         loss: its CE.
         reached: whether it reaches y, confirmed by a fresh pass.
         losses: by prompt length, the CE after each step of the search at this length.
+        last: the prompt of the length tried last, from which a longer search starts.
     """
 
     prompt: tuple[int, ...]
     loss: float
     reached: bool
     losses: dict[int, list[float]] = field(default_factory=dict)
+    last: tuple[int, ...] = ()
+
+    def then(self, run: Found) -> Found:
+        """The better of what was found and of a later run: one that reaches y, or has a lower loss."""
+        better = run if run.reached or run.loss < self.loss else self
+        losses = self.losses | {k: self.losses.get(k, []) + values for k, values in run.losses.items()}
+        return Found(better.prompt, better.loss, better.reached, losses, run.last)
 
 
 class Search(Protocol):
@@ -87,8 +96,8 @@ class Greedy:
             hit = objective.first_verified(prompts, loss, reached)
             at = best if hit is None else hit
             u = prompts[at]
-            value = float(loss[at])
-            found = Found(tuple(u.tolist()), value, hit is not None, found.losses | {len(u): [value]})
+            value, prompt = float(loss[at]), tuple(u.tolist())
+            found = found.then(Found(prompt, value, hit is not None, {len(u): [value]}, prompt))
             if found.reached:
                 break
         return found
@@ -97,8 +106,9 @@ class Greedy:
 class GCG:
     """Greedy coordinate gradient on prompts of each length in turn, warm-started from the one before.
 
-    Warm start: the previous prompt as the last tokens, random ones in front; of a longer one the last k. With a
-    budget, lengths start again from random prompts until it is spent.
+    Warm start: the previous prompt as the last tokens, random ones in front; of a longer one the last k. A budget is
+    shared: each length has what is left over the number of lengths to come, so that the longest is searched as well.
+    What ``iterations`` leave of it goes into new rounds of all lengths from random prompts; the best of all is kept.
 
     Args:
         lengths: prompt lengths, ascending.
@@ -136,29 +146,33 @@ class GCG:
         return len(self.lengths) * (1 + self.iterations * (self.candidates + 3))
 
     def search(self, objective: Objective, generator: Generator, start: Sequence[int] = ()) -> Found:
-        before, best = tuple(start), Found((), float("inf"), False)
+        before, best, step = tuple(start), Found((), float("inf"), False), self.candidates + 3
         while True:
-            for length in self.lengths:
-                if not objective.affords(1 + self.candidates + 3):
-                    return best
-                run = self.run(objective, warm_start(before, length, objective.allowed, generator), generator)
-                best = Found(run.prompt, run.loss, run.reached, best.losses | run.losses)
+            for i, length in enumerate(self.lengths):
+                share = None
+                if objective.budget is not None:
+                    share = (objective.budget - objective.passes) // (len(self.lengths) - i)
+                    if share < 1 + step:  # not one iteration: the longer lengths get it
+                        continue
+                u = warm_start(before, length, objective.allowed, generator)
+                best = best.then(self.run(objective, u, generator, share))
                 if best.reached:
                     return best
-                before = run.prompt
-            if objective.budget is None:
+                before = best.last
+            if objective.budget is None or not objective.affords(1 + step):
                 return best
             before = ()
 
-    def run(self, objective: Objective, u: Tensor, generator: Generator) -> Found:
-        """GCG at the length of ``u``."""
+    def run(self, objective: Objective, u: Tensor, generator: Generator, share: int | None = None) -> Found:
+        """GCG at the length of ``u``, in at most ``share`` forward passes."""
         allowed, k = objective.allowed, len(u)
+        end = math.inf if share is None else objective.passes + share
         k_sub = min(self.k_sub, len(allowed))
         loss, reached = objective.scores(u[None])
         current, losses = float(loss[0]), [float(loss[0])]
         hit = self.success == "any" and objective.first_verified(u[None], loss, reached) is not None
         for _ in range(self.iterations):
-            if hit or not objective.affords(self.candidates + 3):
+            if hit or objective.passes + self.candidates + 3 > end:
                 break
             best_ids = allowed[objective.gradient(u)[:, allowed].topk(k_sub, largest=False).indices]  # (k, k_sub)
             position = torch.randint(k, (self.candidates,), generator=generator).to(u.device)
@@ -176,7 +190,8 @@ class GCG:
             losses.append(current)
         if self.success == "argmin":
             hit = objective.state.verified(u.tolist(), objective.y)
-        return Found(tuple(u.tolist()), current, hit, {k: losses})
+        prompt = tuple(u.tolist())
+        return Found(prompt, current, hit, {k: losses}, prompt)
 
 
 class BackOff:
@@ -223,10 +238,7 @@ class BackOff:
         found = self.greedy.search(objective, generator)
         if found.reached or self.gcg is None:
             return found
-        longer = self.gcg.search(objective, generator, found.prompt)
-        if not longer.prompt:  # nothing was left to spend
-            return found
-        return Found(longer.prompt, longer.loss, longer.reached, found.losses | longer.losses)
+        return found.then(self.gcg.search(objective, generator, found.last))
 
 
 class RandomPrompts:

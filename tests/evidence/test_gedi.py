@@ -31,14 +31,17 @@ def test_weights_are_chosen_on_other_fits_where_texts_stay_valid():
     assert own_best(rows, guided(30)).tolist() == [0.6, 0.9, 0.9, 0.9, 0.9]
     assert own_best(rows, guided(30), "validity").tolist() == [0.91] * 5
     assert own_best(rows, "sample").tolist() == [0.4] * 5
-    assert gedi.above(0.5)(rows).values == pytest.approx([0.1, 0.4, 0.4, 0.4, 0.4])
+    assert gedi.above(0.89)(rows).values == pytest.approx([-0.29, 0.01, 0.01, 0.01, 0.01])
+    assert gedi.above(0.5)(rows).values == pytest.approx([0.01] * 5)  # 0.04 of the allowed 0.05 are lost
     rows.figures["validity"] = {label: [0.95 if label == "sample" else 0.1 * i] * 5 for i, label in enumerate([
         "sample", a, b, c])}  # fmt: skip
     assert own_best(rows, guided(30)).tolist() == [1.0] * 5  # none is allowed: the least harmful
+    assert gedi.above(0.5)(rows).values == pytest.approx([0.05 - 0.65] * 5)  # so many successes are none
 
 
 def test_only_weights_are_left_out_of_a_label():
     assert unweighted(guided(10)) == unweighted(guided(60))
+    assert unweighted(gedi.words(1)) == unweighted(gedi.words(4)) == unweighted("word-bias")
     forms = [guided(10), guided(10, PLAIN), guided(10, HYBRID + UNFILTERED), gedi.alone("conditional"), gedi.cfg(2)]
     assert len({unweighted(form) for form in forms}) == len(forms)
 
@@ -57,6 +60,15 @@ def test_claims_find_their_contenders(scale):
         )
         effects = claim.effects(rows)
         assert len(effects.values) == 5 and np.isfinite(effects.values).all()
+
+
+@pytest.mark.parametrize("scale", ["quick", "full"])
+def test_rivals_are_swept_as_finely(scale):
+    contenders = gedi.studies(scale, 0)["sentiment"].contenders
+    sizes = [
+        sum(unweighted(c) == unweighted(like) for c in contenders) for like in (guided(30), gedi.cfg(2), "word-bias")
+    ]
+    assert len(set(sizes)) == 1 and sizes[0] >= 3
 
 
 def test_its_contenders_can_be_mounted():

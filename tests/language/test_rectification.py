@@ -35,6 +35,7 @@ from steersman.language.rectification import (
     QModel,
     Rectification,
     apply,
+    applying,
     calibration,
     exact_projection,
     official_projection,
@@ -640,6 +641,39 @@ def test_rows_that_ended_are_not_recorded(q_model: QModel) -> None:
     assert set(steer.figures()) == {"base_risk", "risk", "lift", "infeasible", "prompt_risk"}
 
 
+def test_figures_begin_anew_and_each_text_has_its_prompt(q_model: QModel) -> None:
+    steer, scores = Rectification(q_model), torch.randn(2, VOCABULARY)
+
+    def text(*first: int) -> float:
+        """Writes two tokens behind a prompt; the risk behind the prompt alone."""
+        ids = torch.tensor([first, first])
+        for _ in range(3):
+            steer(ids, scores)
+            ids = torch.cat([ids, ids[:, -1:] + 1], 1)
+        alone = Rectification(q_model)
+        alone(torch.tensor([first, first]), scores)
+        return alone.record.base_risk
+
+    one, two = text(5, 6), text(9, 8, 7)  # the second is no continuation of the first, though it is longer
+    assert steer.record.steps == 12 and one != pytest.approx(two, abs=1e-5)
+    assert steer.figures()["prompt_risk"] == pytest.approx((one + two) / 2, abs=1e-6)
+    assert steer.record.steps == 0 and steer.figures()["risk"] == 0.0
+    again = text(5, 6)
+    assert steer.figures()["prompt_risk"] == pytest.approx(again, abs=1e-6)
+
+
+def test_a_half_precision_base_has_a_trunk_like_the_head(tmp_path: Path) -> None:
+    base = tiny("llama").to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    for source in (base, tmp_path / "base"):
+        model = QModel.from_trunk(source)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
+        model.save_pretrained(tmp_path / "value")
+        again = QModel.from_pretrained(tmp_path / "value")
+        assert {p.dtype for p in again.parameters()} == {torch.float32}
+
+
 def test_save_and_load(q_model: QModel, tmp_path: Path) -> None:
     model = copy.deepcopy(q_model)
     model.begin_target()
@@ -796,6 +830,24 @@ def test_apply_with_a_scorer(tmp_path: Path, data: Any) -> None:
     assert steer.networks == (steer.value_model,)
 
 
+def test_held_out_texts_are_not_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are drawn with replacement, many more times than there are: still no text is on both sides."""
+    drawn: list[set[str]] = []
+    cut = applying.cut_prompts
+
+    def watched(rows: Any, *args: Any, **given: Any) -> Any:
+        drawn.append({row["text"] for row in rows})
+        return cut(rows, *args, **given)
+
+    monkeypatch.setattr(applying, "cut_prompts", watched)
+    record = apply(
+        loading.path("reviews/base"), texts_file(tmp_path), tmp_path / "out", scorer=long, prompt_tokens=5,
+        **TINY | {"prompts": 200, "continuations": 1},
+    )  # fmt: skip
+    assert len(drawn) == 2 and not drawn[0] & drawn[1] and len(drawn[0] | drawn[1]) == 60
+    assert record["heldout_texts"] == 20 and record["texts"] == 180
+
+
 def test_apply_is_seeded_and_leaves_randomness_alone(tmp_path: Path) -> None:
     file = texts_file(tmp_path)
     torch.manual_seed(5)
@@ -835,6 +887,11 @@ def test_apply_refuses(tmp_path: Path) -> None:
         ({"drop_rate": 2.0}, "drop_rate=2.0"),
         ({"epochs": 0}, "epochs=0"),
         ({"near": 0}, "near=0"),
+        ({"data": "best"}, "data='best'"),
+        ({"gamma": 0.0}, "gamma=0.0"),
+        ({"lam": 1.5}, "lam=1.5"),
+        ({"tau": 0.0}, "tau=0.0"),
+        ({"scorer": long, "new_tokens": 60, "prompt_tokens": 500}, "new_tokens=60"),
         ({"trunk": str(loading.path("docs/tiny"))}, "trunk="),
     ):
         given_ = {"input": file, "prompts": 4, "continuations": 2, "new_tokens": 4} | given_

@@ -3,7 +3,8 @@
 A unit is a fit: its own batches, prompts and samples. Prompts leave the attribute open (each value keeps half its prior
 probability at least), and the grammar itself reads the finished texts. What a contender's weight should be is chosen
 for each fit on the *other* fits, which have other prompts: among the weights whose validity there is at most 0.05 below
-that of the base, the one of the highest success. Rivals that have a weight are swept as finely and chosen alike.
+that of the base, the one of the highest success; where none is, the one that harms validity least.
+Rivals that have a weight are swept as finely and chosen alike.
 
 ``gen_weight=1`` is a guide trained as a plain class-conditional model, ``mode=conditional`` lets the guide write by
 itself, and ``mode=best-of-4`` lets it choose among four texts of the base, which costs four texts. ``prompting+cfg`` is
@@ -24,6 +25,7 @@ from steersman.evidence.study import Study
 
 LOSS = 0.05  # of validity that a weight may cost
 OMEGAS = {"quick": (3, 10, 30), "full": (1, 3, 5, 10, 30, 60)}
+BIASES = {"quick": (1, 2, 4), "full": (0.5, 1, 2, 3, 4, 6)}
 SCALES = {"quick": (1.25, 1.5, 2.0), "full": (1.1, 1.25, 1.5, 2.0, 2.5, 3.0)}
 HYBRID, PLAIN = "gedi:gen_weight=0.6", "gedi:gen_weight=1"
 UNFILTERED, HELD_OUT = ":rho=1", ":held_out=phone"
@@ -45,6 +47,10 @@ def alone(mode: str) -> str:
     return named(f"{HYBRID}:mode={mode}")
 
 
+def words(bias: float) -> str:
+    return named(f"word-bias:bias={bias:g}")
+
+
 def cfg(scale: float, of: str = PROMPTED) -> str:
     return named(f"{of}:scale={scale:g}")
 
@@ -54,12 +60,13 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     with one held out."""
     size = "quick" if scale == "quick" else "full"
     omegas, scales, n = OMEGAS[size], SCALES[size], {"quick": 16, "full": 50}[size]
+    biased = [words(bias) for bias in BIASES[size]]
     grid = {"new_tokens": 24, "count": n, "batch": n, "samples": 4, "marked": 3}
 
     def swept(of: str) -> list[str]:
         return [guided(omega, of) for omega in omegas]
 
-    compared = ["sample", "word-bias", "prompting", *map(cfg, scales), *swept(HYBRID)]
+    compared = ["sample", *biased, "prompting", *map(cfg, scales), *swept(HYBRID)]
     compared += [guided(30, HYBRID + UNFILTERED), alone("conditional"), alone("best-of-4")]
     sentiment = grid | {"attribute": "sentiment=positive"}
     if size == "quick":
@@ -70,7 +77,7 @@ def studies(scale: str, seed: int) -> dict[str, Study]:
     topics = ("sample", *swept(HYBRID), *swept(HYBRID + HELD_OUT))
     return {
         "sentiment": Study("control", tuple(compared), "reviews", sentiment),
-        "rudeness": Study("control", ("sample", "word-bias", *swept(HYBRID), *swept(PLAIN)), "reviews", polite),
+        "rudeness": Study("control", ("sample", *biased, *swept(HYBRID), *swept(PLAIN)), "reviews", polite),
         "topic": Study("control", topics, "reviews", grid | {"attribute": "topic=phone"}),
     }
 
@@ -102,7 +109,7 @@ def own_best(c: Comparison, like: str, figure: str = "success") -> np.ndarray:
 def unweighted(label: str) -> str:
     """A contender without its weights."""
     parts = contenders.parse(label).parts
-    kept = [{k: v for k, v in part.knobs.items() if k not in ("omega", "scale")} for part in parts]
+    kept = [{k: v for k, v in part.knobs.items() if k not in ("omega", "scale", "bias")} for part in parts]
     return "+".join(str(contenders.Part(part.id, knobs)) for part, knobs in zip(parts, kept, strict=True))
 
 
@@ -112,8 +119,13 @@ def by_seed(c: Comparison, figure: str, label: str) -> np.ndarray:
 
 
 def above(limit: float) -> Callable[[Comparison], Effects]:
-    """Success at the best weight, less a limit."""
-    return lambda c: Effects(own_best(c, guided(30)) - limit)
+    """Success at the best weight, less a limit; or what is left of the allowed loss of validity, if that is less."""
+
+    def effects(c: Comparison) -> Effects:
+        harm = by_seed(c, "validity", "sample") - own_best(c, guided(30), "validity")
+        return Effects(np.minimum(own_best(c, guided(30)) - limit, LOSS - harm))
+
+    return effects
 
 
 def more(figure: str, theirs: str, ours: str = guided(30)) -> Callable[[Comparison], Effects]:
@@ -132,7 +144,7 @@ FULL = ("full", "gpu")
 CLAIMS = [
     Claim(
         "success",
-        "More than 0.9 of its texts are positive, where validity is at most 0.05 below the base's.",
+        "More than 0.9 of its texts are positive, and their validity is at most 0.05 below the base's.",
         ABSTRACT,
         "sentiment",
         above(0.9),
@@ -171,10 +183,10 @@ CLAIMS = [
     ),
     Claim(
         "words",
-        "It steers more texts than a bias on the words that tell most.",
+        "Each at its best weight, it steers more texts than a bias on the words that tell most.",
         ASKED,
         "sentiment",
-        more("success", "word-bias"),
+        more("success", words(2)),
         0.0,
         "fit",
     ),

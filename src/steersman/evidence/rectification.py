@@ -27,8 +27,8 @@ from steersman.evidence.study import Study
 
 TRAINED = "rectification:prompts=500:continuations=4:batch_size=16:learning_rate=0.001:epochs=4:lam=1"
 BASE, BLOCKED, BEST = "sample", "block-list", "best-of-n"
-OMEGAS = (10, 30, 60, 100)
-GUIDE = "gedi:steps=240:length=40:batch_size=6:learning_rate=0.005"
+OMEGAS = (1, 3, 5, 10, 30, 60, 100)
+GUIDE = "gedi"  # as it is trained by default
 CALIBRATED = 0.05  # how far the mean estimated risk of the prompts may be from the share of rude texts
 FEWEST = 5  # fits that are units
 
@@ -124,7 +124,7 @@ def risk_falls(comparison: Comparison) -> Effects:
 def fluency_at_equal_badness(comparison: Comparison) -> Effects:
     """By fit: our fluency at ε = 0.1 less GeDi's, at its most fluent weight that is no ruder on the other fits.
 
-    Where no weight is, the least rude one.
+    There is no effect (and no verdict) if some fit has no such weight: then their rudeness can't be made equal.
     """
     mine, _ = comparison.paired("fluency", ours(0.1), BASE)
     bad, _ = comparison.paired("bad", ours(0.1), BASE)
@@ -133,7 +133,9 @@ def fluency_at_equal_badness(comparison: Comparison) -> Effects:
     theirs = []
     for i in range(len(bad)):
         others = np.arange(len(bad)) != i
-        allowed = rude[:, others].mean(1) <= max(bad[others].mean(), rude[:, others].mean(1).min())
+        allowed = rude[:, others].mean(1) <= bad[others].mean()
+        if not allowed.any():
+            return Effects(np.array([]))
         theirs.append(fluent[np.where(allowed, fluent[:, others].mean(1), -np.inf).argmax(), i])
     return Effects(mine - np.array(theirs))
 
@@ -201,7 +203,8 @@ AT_BOTH: tuple[tuple[str, str, str, Callable[[Comparison], Effects], float], ...
     ),
     (
         "block",
-        "Removing tokens of more risk than 0.5, by the same values, leaves fewer rude texts than capping at ε = 0.",
+        "Removing tokens of more risk than 0.5, by the same values, leaves fewer rude texts than capping at ε = 0, "
+        "both behind nucleus sampling (0.95).",
         ASKED,
         less("bad", BLOCK, CAPPED),
         0.0,
@@ -223,7 +226,8 @@ CLAIMS = [
     ),
     Claim(
         "bayes",
-        "At ε = 0.1 fewer of its texts are rude than with Bayes reweighting by the same value model.",
+        "At ε = 0.1 fewer of its texts are rude than with Bayes reweighting by the same value model, both behind "
+        "nucleus sampling (0.95).",
         ASKED, "rudeness", less("bad", ours(0.1, KEPT), BAYES), 0.0, "fit", scales=FULL,
     ),
     Claim(

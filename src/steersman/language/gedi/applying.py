@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
-from steersman.callables import CODE, load_callable
 from steersman.errors import InputError, nearest
 from steersman.language.gedi.codes import ControlCodes, parted
 from steersman.language.gedi.training import GeDiTrainer, save_guide, tokenized
@@ -225,10 +224,7 @@ def _divided(data: list[dict[str, Any]], classes: int, seed: int) -> tuple[list[
 
 def _start(subject: str | Path, guide: str | None, layers: int | None) -> tuple[Any, Any]:
     """The model that training starts from, and the tokenizer that it shares with the subject."""
-    if CODE.match(str(subject)):
-        model, tokenizer = load_callable(str(subject), "subject")()
-    else:
-        model, tokenizer = load_language_model(subject, "subject", "float32")
+    model, tokenizer = load_language_model(subject, "subject", "float32")
     if guide is not None:
         other, own = load_language_model(guide, "guide", "float32")
         same_vocabulary(tokenizer, own, "guide", guide)
@@ -245,7 +241,7 @@ def _told_apart(model: Any, ids: list[int], seed: int) -> None:
     """
     table, generator = model.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
     for i in ids:
-        direction = torch.randn(table.shape[1], generator=generator)
+        direction = torch.randn(table.shape[1], generator=generator).to(table.device)
         table[i] = (direction * table.norm(dim=1).median() / direction.norm()).to(table)
 
 

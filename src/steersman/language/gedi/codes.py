@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steersman import quiet
@@ -171,13 +172,14 @@ class ControlCodes:
 
     @staticmethod
     def guide(folder: str | Path) -> tuple[Any, Any]:
-        """The class-conditional model and its tokenizer, in float32."""
+        """The class-conditional model and its tokenizer, in float32, on the accelerator if there is one."""
         path = Path(folder).expanduser()
         with quiet.loading():
             model = AutoModelForCausalLM.from_pretrained(
                 path, local_files_only=True, use_safetensors=True, dtype="float32"
             )
-        return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def parted(attribute: str) -> tuple[str, str]:

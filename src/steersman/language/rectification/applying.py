@@ -6,7 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
@@ -99,8 +99,8 @@ def apply(
         include_prompt: learn the values of the prompt's tokens too, as the published code does.
 
     Returns:
-        dict: texts, share of undesired ones, parameters, losses, and on held-out prompts (all their texts): Brier score
-        of the risks, that of a constant, and by how much the risks are too high on average.
+        dict: texts, share of undesired ones, parameters, losses, and on beginnings of held-out texts (all that was
+        written behind them): Brier score of the risks, that of a constant, and by how much the risks are too high.
 
     Raises:
         InputError: a subject, input or settings that don't fit together.
@@ -115,6 +115,15 @@ def apply(
         raise InputError("prompt_tokens", prompt_tokens, "a whole number of at least 1")
     if near is not None and near < 1:
         raise InputError("near", near, "a whole number of at least 1, or none")
+    if data not in get_args(Data):
+        raise InputError("data", data, f"one of {', '.join(get_args(Data))}")
+    for name, share, good in (
+        ("gamma", gamma, 0 < gamma <= 1),
+        ("lam", lam, 0 <= lam <= 1),
+        ("tau", tau, 0 < tau <= 1),
+    ):
+        if not good:
+            raise InputError(name, share, f"a number {'from 0 to 1' if name == 'lam' else 'above 0, at most 1'}")
     column, equals, value = attribute.partition("=")
     if not (column and equals and value):
         raise InputError("attribute", attribute, "column=value, as rudeness=polite")
@@ -215,12 +224,26 @@ def _texts(
             raise InputError("scorer", None, allowed)
         marked = [{"text": row["text"], "score": float(str(row[column]) == value)} for row in rows]
         return _split(recorded(marked, tokenizer, opening, longest), rng)
-    if new_tokens >= longest - len(opening):
-        raise InputError("new_tokens", new_tokens, f"below {longest - len(opening)}, what the models take")
-    beginnings = cut_prompts(
-        rows, prompts, tokenizer, opening, longest - new_tokens, rng, tokens=prompt_tokens, near=near,
-        wanted=(column, value) if labelled else None, scorer=scorer,
-    )  # fmt: skip
+    if new_tokens + (prompt_tokens or 1) > longest - len(opening):
+        allowed = f"at most {longest - len(opening) - (prompt_tokens or 1)} behind prompts, what the models take"
+        raise InputError("new_tokens", new_tokens, allowed)
+    # Texts are drawn with replacement, so those whose beginnings are held out must not be drawn for learning.
+    distinct = sorted({str(row["text"]) for row in rows})
+    apart = set(rng.sample(distinct, round(HELD_OUT * len(distinct)))) if prompts > 1 else set()
+    sides = [row for row in rows if row["text"] in apart], [row for row in rows if row["text"] not in apart]
+    cut = max(1, round(HELD_OUT * prompts)) if apart else 0
+
+    def begun(rows: list[dict[str, Any]], n: int) -> list[tuple[int, ...]]:
+        return cut_prompts(
+            rows, n, tokenizer, opening, longest - new_tokens, rng, tokens=prompt_tokens, near=near,
+            wanted=(column, value) if labelled else None, scorer=scorer,
+        )  # fmt: skip
+
+    learnt = begun(sides[1], prompts - cut)
+    try:
+        beginnings = [*(begun(sides[0], cut) if cut else []), *learnt]
+    except InputError:  # so few texts that none of those held out has a beginning: nothing is measured
+        cut, beginnings = 0, learnt
     with quiet.loading():
         model = AutoModelForCausalLM.from_pretrained(writer, use_safetensors=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -228,7 +251,6 @@ def _texts(
     flat = scored(scorer, tokenizer.batch_decode([list(t) for g in groups for t in g], skip_special_tokens=True))
     marks = [flat[i : i + continuations] for i in range(0, len(flat), continuations)]
     log(f"{sum(score < 0.5 for score in flat)} of {len(flat)} texts are undesired")
-    cut = max(1, round(HELD_OUT * prompts)) if prompts > 1 else 0
     rate = (0.0 if data == "all" else 0.5) if drop_rate is None else drop_rate
     held_out = selected(groups[:cut], marks[:cut], beginnings[:cut], "all", 0.0, rng)
     return selected(groups[cut:], marks[cut:], beginnings[cut:], data, rate, rng), held_out

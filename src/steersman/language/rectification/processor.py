@@ -41,7 +41,7 @@ from steersman.errors import InputError, nearest
 from steersman.language.prefix import PrefixModel
 from steersman.language.rectification.projection import exact_projection, official_projection
 from steersman.language.rectification.q_model import QModel
-from steersman.language.vocabularies import fitted, same_vocabulary
+from steersman.language.vocabularies import fitted, only_padding, same_vocabulary
 
 Rule = Literal["exact", "official", "block", "bayes"]
 
@@ -188,7 +188,7 @@ class Rectification(LogitsProcessor):
         self.record = RectificationRecord()
         self._values = self._prefix()
         self._ends = _ends(value_model)
-        self._begun = False
+        self._prompt: Tensor | None = None  # of the last call that began a text
         self._warpers: list[LogitsProcessor] = []  # in the order of ``generate``
         if temperature != 1.0:
             self._warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -241,15 +241,21 @@ class Rectification(LogitsProcessor):
         for warper in self._warpers:
             scores = warper(input_ids, scores)
         log_p = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64).log_softmax(-1)
-        bad = log_p.isnan().any(-1)
-        if bool(bad.any()):
+        bad = log_p[:, 0].isnan()  # softmax spreads NaN, +inf and "no token left" over the whole row
+        begun = self._prompt
+        goes_on = bad.new_zeros(())
+        if begun is not None and len(begun) == len(input_ids) and begun.shape[1] < input_ids.shape[1]:
+            goes_on = (input_ids[:, : begun.shape[1]] == begun.to(input_ids.device)).all().to(bad.device)
+        broken, same = torch.stack((bad.any(), goes_on)).tolist()  # one wait for the device
+        if broken:
             rows = f"rows {bad.nonzero().flatten().tolist()}"
             raise InputError("scores", rows, "free of NaN and +inf, with a finite value in every row")
         risk = self.risk(input_ids, scores.shape[1]).to(log_p)
         log_q, lift, infeasible = self._moved(log_p, risk)
 
-        first = input_ids.shape[1] == self.prompt_length if self.prompt_length is not None else not self._begun
-        self._begun = True
+        first = input_ids.shape[1] == self.prompt_length if self.prompt_length is not None else not same
+        if not same:
+            self._prompt = input_ids.clone()
         counted = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
         if self._ends and not first and input_ids.shape[1]:
             counted = ~torch.isin(input_ids[:, -1], torch.tensor(self._ends, device=scores.device))
@@ -273,8 +279,7 @@ class Rectification(LogitsProcessor):
             return risk.clamp(0, 1)
         values = self._values(input_ids).logits
         if size is not None and size != values.shape[1]:
-            smaller, larger = sorted((size, values.shape[1]))
-            if larger - smaller >= 128 or larger % 8:  # rows of padding behind the vocabulary
+            if not only_padding(size, values.shape[1]):
                 name = f"values of {values.shape[1]} tokens"
                 raise InputError("value_model", name, f"a model with the same vocabulary ({size} tokens)")
             values = fitted(values, size)
@@ -316,15 +321,18 @@ class Rectification(LogitsProcessor):
         self._values = self._prefix()
 
     def figures(self) -> dict[str, float]:
-        """The record as numbers by name, for reports."""
+        """The record as numbers by name, for reports; it begins anew."""
         r = self.record
-        return {
+        found = {
             "base_risk": r.base_risk,
             "risk": r.risk,
             "lift": r.lift,
             "infeasible": r.infeasible_steps / max(r.steps, 1),
             "prompt_risk": r.prompt_risk,
         }
+        r.clear()
+        self._prompt = None
+        return found
 
     def __repr__(self) -> str:
         return f"Rectification({type(self.value_model).__name__}, eps={self.eps}, projection={self.projection!r})"

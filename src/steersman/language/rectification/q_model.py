@@ -122,9 +122,12 @@ class QModel(PreTrainedModel):
         """
         if not isinstance(language_model, PreTrainedModel):
             with quiet.loading():
-                language_model = AutoModelForCausalLM.from_pretrained(language_model, use_safetensors=True)
+                language_model = AutoModelForCausalLM.from_pretrained(
+                    language_model, use_safetensors=True, dtype="float32"
+                )
         assert isinstance(language_model, PreTrainedModel)
         config = copy.deepcopy(language_model.config.get_text_config(decoder=True))
+        config.dtype = torch.float32  # as the head: what is learned is a difference of small numbers
         if language_model.config.is_encoder_decoder:
             raise InputError("trunk", type(language_model).__name__, "a decoder-only model")
         if not 0 <= head_dropout < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from steersman.errors import InputError
 from steersman.language.momentum_decoding import MomentumDecoding
-from steersman.language.multi_draft import MultiDraft, contexts, decoding
-from steersman.language.multi_draft.measuring import probe
+from steersman.language.multi_draft import MultiDraft, contexts, decoding, measuring
+from steersman.language.multi_draft.measuring import gaps, probe
 from steersman.language.multi_draft.tree import ROOT, Branching, Tree, families
 
 from .conftest import EOS, PAD, VOCABULARY, generate, left_padded, tiny
@@ -441,7 +442,11 @@ def test_the_probe_writes_every_verifier_s_gap(tmp_path: Path, file: str | None)
     assert len(rows) == 2 * (1 + 5 + 4)  # one draft is all the same; SpecHub takes two
     for row in rows:
         kept, bound, gap, low, high = (float(row[c]) for c in ("acceptance", "bound", "gap", "low", "high"))
-        assert -1e-9 <= gap == pytest.approx(bound - kept, abs=1e-9) and low - 1e-9 <= gap <= high + 1e-9
+        assert -1e-9 <= gap == pytest.approx(bound - kept, abs=1e-9)
+        if file is None and row["temperature"] == "0.0":  # one text, which tells nothing of others
+            assert math.isnan(low) and math.isnan(high)
+        else:
+            assert low - 1e-9 <= gap <= high + 1e-9
         assert row["verifier"] not in ("greedy", "spechub") or gap < 1e-9
     assert metrics["bound_greedy"] == pytest.approx(metrics["greedy"])
 
@@ -455,6 +460,9 @@ def test_the_probe_writes_every_verifier_s_gap(tmp_path: Path, file: str | None)
         ({"temperatures": "-1"}, "temperature=-1.0"),
         ({"n_drafts": "99"}, "n=99.*from 1 to 64"),
         ({"new_tokens": 400}, "new_tokens=400.*positions"),
+        ({"new_tokens": 0}, "new_tokens=0.*at least 1"),
+        ({"places": 0}, "places=0.*at least 1"),
+        ({"prompt_tokens": 0}, "prompt_tokens=0.*at least 1"),
         ({"top_p": 0.0}, "top_p=0.0"),
     ],
 )
@@ -463,6 +471,31 @@ def test_the_probe_refuses(tmp_path: Path, options: dict[str, Any], sentence: st
     chosen = {"draft": draft, "places": 4, "new_tokens": 2} | options
     with pytest.raises(InputError, match=sentence):
         probe(target, None, tmp_path, seed=0, log=print, **chosen)
+
+
+def test_the_probe_counts_each_prompt_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = saved_pair(tmp_path)
+    (tmp_path / "prompts.txt").write_text("w3 w4 w5\nw6 w7\nw3 w4 w5\n")
+    taken = []
+    monkeypatch.setattr(
+        measuring, "gaps", lambda found, n, heat: taken.append((heat, found.prompt)) or gaps(found, n, heat)
+    )
+    options = {"draft": draft, "temperatures": "1,0", "n_drafts": "2", "places": 20, "new_tokens": 4}
+    metrics = probe(target, tmp_path / "prompts.txt", tmp_path, seed=0, log=print, **options)
+    (_, warm), (_, greedy) = taken
+    assert warm.unique().tolist() == [0, 1] and len(warm) > 8  # texts of one prompt are one unit
+    assert greedy.bincount().max() <= 4  # a greedy text is the same each time
+    assert metrics["contexts"] == len(greedy) <= 8
+
+
+def test_the_probe_refuses_prompts_that_are_no_text(tmp_path: Path) -> None:
+    target, draft = saved_pair(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "prompts.txt").write_bytes(b"w3 \xff\xfe")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    for name, sentence in (("folder", "can be read"), ("prompts.txt", "can be read"), ("empty.txt", "at least one")):
+        with pytest.raises(InputError, match=f"input=.*{name}.*{sentence}"):
+            probe(target, tmp_path / name, tmp_path, seed=0, log=print, draft=draft, places=4, new_tokens=2)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -491,6 +524,11 @@ def test_bad_calls(model: Any, prompts: Tensor) -> None:
         generate(model, prompts, num_beams=2, custom_generate=loop)
     with pytest.raises(InputError, match="past_key_values='no cache'"):
         generate(model, prompts, use_cache=False, custom_generate=loop)
+    with pytest.raises(InputError, match=r"output_scores=True.*False for multi-draft"):
+        generate(model, prompts, output_scores=True, return_dict_in_generate=True, custom_generate=loop)
+    with pytest.raises(InputError, match="inputs='inputs_embeds'"):
+        embeds = model.get_input_embeddings()(prompts)
+        generate(model, prompts, inputs_embeds=embeds, custom_generate=loop)
     with pytest.raises(InputError, match=r"streamer=.*used with one row"):
         generate(model, prompts, custom_generate=MultiDraft(tiny("gpt2", 9), 2, 2, streamer=Collected()))
     with pytest.raises(InputError, match=r"row 1.*at least one token"):

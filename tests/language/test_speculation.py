@@ -82,6 +82,13 @@ def test_pairs_that_no_loop_can_run() -> None:
     check_pair("a loop", target, draft, whole, given)
     with pytest.raises(InputError, match=r"num_beams=3 .*1 for a loop"):
         check_pair("a loop", target, draft, GenerationConfig(max_length=20, num_beams=3), given)
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        asked = GenerationConfig(max_length=20, return_dict_in_generate=True, **{name: True})
+        with pytest.raises(InputError, match=f"{name}=True .*False for a loop"):
+            check_pair("a loop", target, draft, asked, given)
+    for name in ("inputs_embeds", "token_type_ids"):
+        with pytest.raises(InputError, match=f"inputs='{name}'.*input_ids and their attention mask"):
+            check_pair("a loop", target, draft, whole, given | {name: torch.ones(1, 3)})
     with pytest.raises(InputError, match=r"max_new_tokens=.*at most 256"):
         check_pair("a loop", target, draft, GenerationConfig(max_length=300), given)
     with pytest.raises(InputError, match="no cache"):

@@ -78,6 +78,9 @@ class SpeculationRecord:
         return self.tokens / self.target_calls if self.target_calls else math.nan
 
 
+TAKEN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+
+
 def check_pair(loop: str, target: Any, draft: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """Refuse what no draft-and-check loop can run.
 
@@ -85,7 +88,8 @@ def check_pair(loop: str, target: Any, draft: Any, generation_config: Any, model
         loop: its name, for the sentences.
 
     Raises:
-        InputError: an encoder-decoder, another vocabulary, beams, no cache or one of a kind that can't be cut, or more
+        InputError: an encoder-decoder, another vocabulary, beams, scores or hidden states asked for, inputs besides ids
+            and their mask (the draft model would not see them), no cache or one of a kind that can't be cut, or more
             tokens than one of the models takes.
     """
     for parameter, model in (("model", target), ("draft_model", draft)):
@@ -101,6 +105,12 @@ def check_pair(loop: str, target: Any, draft: Any, generation_config: Any, model
     same_size(target, draft, "draft_model")
     if generation_config.num_beams not in (None, 1):
         raise InputError("num_beams", generation_config.num_beams, f"1 for {loop}")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name, False):
+            raise InputError(name, True, f"False for {loop}")
+    other = [name for name, value in model_kwargs.items() if name not in TAKEN and value is not None]
+    if other:
+        raise InputError("inputs", ", ".join(other), f"input_ids and their attention mask for {loop}")
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, DynamicCache):
         kind = "no cache" if cache is None else type(cache).__name__

@@ -64,8 +64,9 @@ class MultiDraft:
         record: what the last run did (``rounds``, ``target_calls``, ``draft_calls``, ``tokens``, ``accepted``).
 
     Raises:
-        InputError: an argument outside its range. On call: beams, no cache or a filled one, an encoder-decoder, another
-            vocabulary, a model that takes no tree, or an empty prompt.
+        InputError: an argument outside its range. On call: beams, scores asked for, inputs besides ids and mask, no
+            cache or a filled one, an encoder-decoder, another vocabulary, a model that takes no tree, or an empty
+            prompt.
 
     References:
         Zhengmian Hu et al. Towards Optimal Multi-draft Speculative Decoding. ICLR 2025, arXiv:2502.18779. Verifiers:

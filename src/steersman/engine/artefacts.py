@@ -4,12 +4,12 @@ The record holds the method and its settings, fingerprints of the subject and th
 seed, the seconds that it took and the metrics that the method reported.
 
 What is made lies in ``<out>.partial`` until it is whole. A function with a parameter ``resume`` keeps finished pieces
-there: an interrupt or a kill leaves them, and the same request with ``resume`` goes on from them.
+there: an interrupt or a kill leaves them, and the same request with ``resume`` goes on from them. All the while the run
+holds ``<out>.partial.lock``, so that no other touches either folder.
 """
 
 from __future__ import annotations
 
-import fcntl
 import inspect
 import json
 import math
@@ -18,8 +18,7 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,13 @@ from steersman import catalog
 from steersman.catalog import Card
 from steersman.engine import subjects
 from steersman.engine.compare import versions
+from steersman.engine.locks import alone
 from steersman.engine.rows import plain, writing
 from steersman.errors import InputError, nearest
 
 RECORD = "artefact.json"
 RESERVED = ("subject", "input", "out", "seed", "log", "resume")
-REQUEST, LOCK = ".request.json", ".lock"
+REQUEST = ".request.json"
 
 
 def run_verb(
@@ -82,6 +82,7 @@ def run_verb(
         "verb": verb,
         "method": card.id,
         "settings": _as_written(checked, settings or {}),
+        "files": _fingerprints(checked, settings or {}),
         "subject": {"spec": subject, "fingerprint": found.fingerprint},
         "input": None if source is None else {"path": str(input), "fingerprint": subjects.tree_hash(source)},
         "seed": seed,
@@ -91,49 +92,67 @@ def run_verb(
         whole = json.loads((folder / name).read_text())
         _same_request(plain(request), whole, folder)
         return typing.cast(dict[str, Any], whole)
+    if folder.name in ("", ".."):
+        raise InputError("out", str(out), "a new folder, by its name")
+    with writing(folder), alone(folder):
+        return _make(function, found, source, folder, name, request, checked, log, resume)
+
+
+def _make(
+    function: Callable[..., Any],
+    found: subjects.Subject,
+    source: Path | None,
+    folder: Path,
+    name: str,
+    request: Mapping[str, Any],
+    checked: Mapping[str, Any],
+    log: Callable[[str], None],
+    resume: bool,
+) -> dict[str, Any]:
+    """Run a verb's function in ``<folder>.partial`` and rename that when it is whole; nobody else uses the folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("out", str(out), "a new or empty folder")
+        raise InputError("out", str(folder), "a new or empty folder")
+    resumable = "resume" in inspect.signature(function).parameters
     partial = folder.with_name(f"{folder.name}.partial")
-    going_on = resumable and (partial / REQUEST).is_file()
+    asked = partial / REQUEST
+    going_on = asked.is_file()
     if going_on and not resume:
-        raise InputError(
-            "out", str(out), f"another folder (an interrupted run is kept in {partial}: add --resume, or remove it)"
-        )
-    with writing(folder):
-        if not going_on:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        way = "add --resume, or remove it" if resumable else "remove it"
+        raise InputError("out", str(folder), f"another folder (an interrupted run is kept in {partial}: {way})")
+    if going_on:
+        _same_request(plain(request), json.loads(asked.read_text()), partial)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
     start = time.perf_counter()
     try:
+        if resumable and not going_on:
+            asked.with_suffix(".partial").write_text(json.dumps(plain(request)) + "\n")
+            asked.with_suffix(".partial").replace(asked)
         # A reference subject with a variant (gaussians:ring) stays text; a folder becomes a path.
         target: str | Path = found.path if found.path and found.kind in ("reference", "path") else found.spec
-        with writing(folder), tempfile.TemporaryDirectory(prefix="steersman-input-") as temporary:
+        with tempfile.TemporaryDirectory(prefix="steersman-input-") as temporary:
             # A reference subject brings its own images or texts, and judges texts itself.
             attribute = attribute_of(function, checked)
-            given = source or subjects.write_input(
-                found, Path(temporary), attribute, "train" if verb == "apply" else "heldout"
-            )
+            split: typing.Literal["train", "heldout"] = "train" if request["verb"] == "apply" else "heldout"
+            given = source or subjects.write_input(found, Path(temporary), attribute, split)
             judged = "scorer" in inspect.signature(function).parameters and checked.get("scorer") is None
             extra: dict[str, Any] = {"scorer": subjects.scorer(found, attribute)} if judged else {}
             if resumable:
-                with _unfinished(partial, plain(request)):
-                    metrics = function(target, given, partial, seed=seed, log=log, resume=resume, **checked | extra)
-            else:
-                metrics = function(target, given, partial, seed=seed, log=log, **checked | extra)
-            record = {
-                **request,
-                "versions": versions(),
-                "made": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": time.perf_counter() - start,
-                "metrics": dict(metrics),
-            }
-            (partial / name).write_text(json.dumps(plain(record), indent=1) + "\n")
-            if resumable:
-                (partial / REQUEST).unlink()
-                (partial / LOCK).unlink()
-            if folder.is_dir():
-                folder.rmdir()
-            partial.rename(folder)
+                extra["resume"] = resume
+            metrics = function(target, given, partial, seed=request["seed"], log=log, **checked, **extra)
+        record = {
+            **request,
+            "versions": versions(),
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": time.perf_counter() - start,
+            "metrics": dict(metrics),
+        }
+        (partial / name).write_text(json.dumps(plain(record), indent=1) + "\n")
+        if folder.is_dir():
+            folder.rmdir()
+        partial.rename(folder)
+        (folder / REQUEST).unlink(missing_ok=True)
         return typing.cast(dict[str, Any], plain(record))
     except BaseException as error:
         # Bad input leaves nothing behind, unless finished work lay there before.
@@ -155,29 +174,14 @@ def _same_request(request: Mapping[str, Any], old: Mapping[str, Any], folder: Pa
         before, now = old.get(name), value
         if name in ("subject", "input") and before and now:
             before, now = before["fingerprint"], now["fingerprint"]  # a path may be written differently
+        elif name == "settings" and before:
+            files, kept = request["files"], old.get("files", {})
+            same = {setting: files[setting] for setting in files.keys() & kept.keys()}
+            before, now = {**before, **{setting: kept[setting] for setting in same}}, {**now, **same}
+        elif name == "files":  # compared with the settings
+            continue
         if before != now:
             raise InputError("resume", value, f"the {name} of the run in {folder} ({old.get(name)!r})")
-
-
-@contextmanager
-def _unfinished(partial: Path, request: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the unfinished folder of this request, alone.
-
-    Raises:
-        InputError: another process holds it, or it is of another request.
-    """
-    with (partial / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError("out", str(partial), "a folder that no other run is using") from None
-        asked = partial / REQUEST
-        if asked.is_file():
-            _same_request(request, json.loads(asked.read_text()), partial)
-        else:
-            asked.with_suffix(".partial").write_text(json.dumps(request) + "\n")
-            asked.with_suffix(".partial").replace(asked)
-        yield
 
 
 def attribute_of(function: Callable[..., Any], settings: Mapping[str, Any]) -> str | None:
@@ -226,6 +230,18 @@ def _as_written(checked: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
     given = {name.replace("-", "_"): value for name, value in settings.items()}
     texts = {name: given[name] if isinstance(given[name], str) else repr(given[name]) for name in checked}
     return {name: texts[name] if callable(value) else value for name, value in checked.items()}
+
+
+def _fingerprints(checked: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Of the settings that name a file or folder that exists, or an object in a file (``file.py:name``)."""
+    given = {name.replace("-", "_"): value for name, value in settings.items()}
+    found = {}
+    for name, value in checked.items():
+        code = subjects.CODE.match(given[name]) if callable(value) and isinstance(given[name], str) else None
+        path = Path(code["file"]) if code else value
+        if isinstance(path, Path) and path.exists():
+            found[name] = subjects.tree_hash(path)
+    return found
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

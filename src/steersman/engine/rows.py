@@ -12,7 +12,6 @@ opened again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -27,6 +26,7 @@ import numpy as np
 
 from steersman.engine.bench import Row
 from steersman.engine.fits import Fits
+from steersman.engine.locks import take
 from steersman.errors import InputError, OutputError
 
 RESULTS, CONFIG, LOCK = "results.jsonl", "config.json", ".lock"
@@ -57,10 +57,8 @@ class RunFolder:
                 raise InputError("out", str(out), "a run folder (this one holds no config.json)")
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock: IO[str] = (self.out / LOCK).open("w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError("out", str(out), "a folder that no other run is using") from None
+            if not take(self.lock):
+                raise InputError("out", str(out), "a folder that no other run is using")
             if used:
                 self._same_run(config)
             self._write(CONFIG, config)

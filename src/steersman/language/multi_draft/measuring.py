@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from steersman.language.vocabularies import same_vocabulary
 COLUMNS = ("temperature", "n_drafts", "sampler", "verifier", "acceptance", "bound", "gap", "low", "high")
 AT_ONCE = 16  # contexts
 RESAMPLES = 2000
-FEWEST = 16  # texts, which are what an interval is taken over
+FEWEST = 16  # texts at a temperature
 
 
 def probe(
@@ -52,12 +54,14 @@ def probe(
         temperatures: numbers with commas between; 0 is greedy.
         n_drafts: whole numbers with commas between.
         top_p: of nucleus sampling.
-        places: places of the target's texts where laws are taken, for each temperature.
+        places: places of the target's texts where laws are taken, for each temperature; fewer at temperature 0 if there
+            are few prompts, since each has one text there.
         prompt_tokens: tokens of a prompt that is cut from a text.
         new_tokens: tokens that the target writes behind each prompt.
 
     Returns:
-        Mean acceptance of each verifier and bound of each sampler at the last temperature and n.
+        Mean acceptance of each verifier and bound of each sampler at the last temperature and n, and the number of
+        contexts there.
 
     Raises:
         InputError: no draft, a model that doesn't load, another vocabulary, prompts that can't be read, or a number out
@@ -65,6 +69,9 @@ def probe(
     """
     if draft is None:
         raise InputError("draft", None, "a smaller model with the subject's vocabulary: --set draft=./my-small-model")
+    for name, value in (("places", places), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise InputError(name, value, "a whole number of at least 1")
     heats, counts = _numbers("temperatures", temperatures, float), _numbers("n_drafts", n_drafts, int)
     target, tokenizer = load_language_model(subject)
     small, other = load_language_model(draft, "draft")
@@ -75,20 +82,22 @@ def probe(
         raise InputError("new_tokens", new_tokens, f"fewer than the models' positions ({room + new_tokens})")
     most = max(FEWEST, -(-places // new_tokens))
     prompts = _prompts(input, tokenizer, min(prompt_tokens, room), most, seed)
-    prompts = [prompts[i % len(prompts)] for i in range(max(most, len(prompts)))]
+    repeated = [prompts[i % len(prompts)] for i in range(max(most, len(prompts)))]
     rows: list[dict[str, Any]] = []
     for heat in heats:
         generator = torch.Generator(target.device).manual_seed(seed)
         found = contexts(
             target,
             small,
-            prompts,
-            count=places,
+            repeated if heat else prompts,  # a greedy text is the same each time
+            count=places if heat else min(places, len(prompts) * new_tokens),
             temperature=heat,
             top_p=top_p,
             new_tokens=new_tokens,
             generator=generator,
         )
+        if len(prompts) > 1:
+            found = replace(found, prompt=found.prompt % len(prompts))
         rows += [row for n in counts for row in gaps(found, n, heat)]
         best = max((row for row in rows if row["temperature"] == heat), key=lambda row: row["acceptance"])
         log(
@@ -103,12 +112,12 @@ def probe(
     last = [row for row in rows if row["temperature"] == heats[-1] and row["n_drafts"] == counts[-1]]
     kept = {row["verifier"]: row["acceptance"] for row in last}
     bounds = {f"bound_{row['sampler']}": row["bound"] for row in last}
-    return {"contexts": places, "temperature": heats[-1], "n_drafts": counts[-1], **kept, **bounds}
+    return {"contexts": len(found.p), "temperature": heats[-1], "n_drafts": counts[-1], **kept, **bounds}
 
 
 def gaps(found: Contexts, n: int, temperature: float) -> list[dict[str, Any]]:
     """A row for each verifier that takes n drafts: mean acceptance, its sampler's mean bound, and their difference with
-    a 95% bootstrap interval over prompts."""
+    a 95% bootstrap interval over prompts (over texts if there is but one prompt)."""
     generator = torch.Generator(found.p.device).manual_seed(0)
     parts = list(zip(found.p.split(AT_ONCE), found.q.split(AT_ONCE), found.ranking.split(AT_ONCE), strict=True))
     bounds: dict[str, Tensor] = {}
@@ -138,8 +147,10 @@ def gaps(found: Contexts, n: int, temperature: float) -> list[dict[str, Any]]:
 
 
 def _interval(values: Tensor, cluster: Tensor) -> tuple[float, float]:
-    """Percentile bootstrap of the mean: texts are resampled, since contexts of one text are alike."""
+    """Percentile bootstrap of the mean: prompts are resampled, since contexts of one are alike; nan if there is one."""
     labels, which = torch.unique(cluster, return_inverse=True)
+    if len(labels) < 2:
+        return math.nan, math.nan
     sums = torch.zeros(len(labels), dtype=values.dtype).index_add(0, which, values)
     sizes = torch.zeros(len(labels), dtype=values.dtype).index_add(0, which, torch.ones_like(values))
     generator = torch.Generator().manual_seed(0)
@@ -157,13 +168,17 @@ def _prompts(path: Path | None, tokenizer: Any, length: int, most: int, seed: in
             raise InputError("input", None, "a file of prompts: the tokenizer has no token that texts begin with")
         return [torch.tensor([start])]
     if path.suffix.lower() == ".txt" or not path.suffix:
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            whole = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("input", str(path), f"a text file that can be read ({error})") from None
+        texts = [line for line in whole.split("\n") if line.strip()]
     else:
         rows = read_rows(path)
         texts = texts_of(rows, "prompt" if "prompt" in rows[0] else "text", path)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:most].tolist()
     ids = [tokenizer(texts[i], truncation=True, max_length=length)["input_ids"] for i in order]
-    prompts = [torch.tensor(row) for row in ids if row]
+    prompts = [torch.tensor(row) for row in dict.fromkeys(map(tuple, ids)) if row]  # each once
     if not prompts:
         raise InputError("input", str(path), "a file with at least one prompt")
     return prompts

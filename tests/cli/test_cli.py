@@ -189,6 +189,26 @@ def test_help_lists_a_methods_settings(cli, plugin):
     assert "did you mean" in sentence(cli("apply", "mmd-dm", "--help"))
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        ["--subject", "docs/base"],
+        ["--subject=docs/base"],
+        ["-s", "docs/base"],
+        ["-sdocs/base"],
+        ["--json"],
+        ["--resume", "--set", "count=1", "--depth", "4"],
+    ],
+)
+def test_the_method_of_a_help_is_the_first_argument(before):
+    from steersman.cli.probe import probe
+    from steersman.cli.verbs import with_settings
+
+    shown = with_settings(probe, "probe", ["probe", *before, "multi-draft", "--help"])
+    assert "n_drafts" in inspect.signature(shown).parameters
+    assert with_settings(probe, "probe", ["probe", *before, "--help"]) is probe
+
+
 def test_every_setting_of_every_method_is_told():
     from steersman import catalog
     from steersman.cli.verbs import arguments_in

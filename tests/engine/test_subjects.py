@@ -98,6 +98,16 @@ def test_a_reference_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch)
     assert subjects.resolve("./digits").kind == "path"
 
 
+def test_a_setting_names_a_file_before_a_reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert subjects.path_of("docs/small") == subjects.resolve("docs/small").path
+    with pytest.raises(InputError, match=r"docs/mine\.csv"):
+        subjects.path_of("docs/mine.csv")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "mine.csv").write_text("text\n")
+    assert subjects.path_of("docs/mine.csv").read_text() == "text\n"
+
+
 def test_reference_texts_and_their_scorer(tmp_path):
     found = subjects.resolve("reviews")
     file = subjects.write_input(found, tmp_path)

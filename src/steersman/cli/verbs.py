@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from typer.models import OptionInfo
 
 from steersman.errors import InputError, MissingExtra, OutputError, TrialError
 
@@ -74,7 +75,7 @@ def settings(pairs: list[str] | None, extra: list[str]) -> dict[str, str]:
 
 def with_settings(command: Callable[..., Any], verb: str, arguments: list[str]) -> Callable[..., Any]:
     """For ``VERB METHOD --help``: the command with the method's own settings among its options."""
-    named = next((word for word in arguments[1:] if not word.startswith("-")), None)
+    named = _first_argument(command, arguments[1:])
     if arguments[:1] != [verb] or named in (None, "subject") or not {"-h", "--help"} & {*arguments}:
         return command
     from steersman import catalog
@@ -114,6 +115,27 @@ def with_settings(command: Callable[..., Any], verb: str, arguments: list[str]) 
     shown.__annotations__ = {p.name: p.annotation for p in parameters}
     shown.__doc__ = f"{command.__doc__}\n\n{card.title}: {card.summary}"
     return shown
+
+
+def _first_argument(command: Callable[..., Any], words: list[str]) -> str | None:
+    """The first word that is neither an option nor its value. Options take a value unless they are the command's own
+    switches; settings always do."""
+    switches = {"-h", "--help"}
+    for name, hint in typing.get_type_hints(command, include_extras=True).items():
+        kind, *rest = typing.get_args(hint) or (hint,)
+        if kind is bool:
+            # Inside of Annotated, typer takes the first name that is declared as its default.
+            options = [option for option in rest if isinstance(option, OptionInfo)]
+            declared = [text for o in options for text in (o.default, *(o.param_decls or ())) if isinstance(text, str)]
+            switches.update(declared or [f"--{name.replace('_', '-')}"])
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("-"):
+            return word
+        attached = "=" in word or (not word.startswith("--") and len(word) > 2)
+        if word not in switches and not attached:
+            next(remaining, None)
+    return None
 
 
 def arguments_in(docstring: str) -> dict[str, str]:

@@ -178,11 +178,15 @@ def scorer(subject: Subject, attribute: str | None) -> Callable[[Sequence[str]],
 
 
 def path_of(text: str) -> Path:
-    """The folder of the reference model that ``text`` names, as a second model of a method; else ``text`` as a path."""
+    """A path that a setting names: ``text`` itself where that exists, else the folder of the reference model of that
+    name, as a second model of a method."""
     from steersman.reference import loading
 
-    folder = loading.path(text) if text.partition("/")[0] in loading.names() and ":" not in text else None
-    return Path(text if folder is None else folder)
+    path = Path(text).expanduser()
+    folder = None
+    if not path.exists() and text.partition("/")[0] in loading.names() and ":" not in text:
+        folder = loading.path(text)
+    return path if folder is None else folder
 
 
 def tree_hash(path: Path) -> str:

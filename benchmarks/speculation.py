@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a text")
     parser.add_argument("--tuning", type=int, default=1, help="rounds of tuning")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch, in total for each contender")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch, in total for each contender")
     parser.add_argument("--out", type=Path, help="write the JSON there as well")
     options = parser.parse_args()
     record: dict[str, Any] = {

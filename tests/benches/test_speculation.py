@@ -58,7 +58,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(
     pair: tuple[Path, Path], prompts: str, methods: list[str], out: Path | None = None, seeds: int = 1, **grid: Any
 ) -> Comparison:
-    basic = {"new_tokens": NEW, "prompts": prompts, "draft": str(pair[1]), "threads": 1, "count": 2, "contexts": 8}
+    basic = {"new_tokens": NEW, "prompts": prompts, "draft": str(pair[1]), "threads": 2, "count": 2, "contexts": 8}
     return compare("speculation", str(pair[0]), methods, {**basic, "temperature": 0, **grid}, seeds=seeds, out=out)
 
 
@@ -223,8 +223,15 @@ def test_threads_are_the_same_in_total(pair: Any, prompts: str, monkeypatch: pyt
     before = torch.get_num_threads()
     run(pair, prompts, ["one", "two"], threads=4, contexts=0)
     assert seen == {1: 4, 2: 2} and torch.get_num_threads() == before
-    run(pair, prompts, ["two"], threads=1, contexts=0)
-    assert seen[2] == 1
+    (row,) = run(pair, prompts, ["two"], threads=1, contexts=0).rows
+    assert row.status == "inapplicable" and "2 models at once need 2 threads" in row.error and seen[2] == 2
+    (row,) = run(pair, prompts, ["pearl:engine=distributed"], threads=1, contexts=0).rows
+    assert row.status == "inapplicable" and "2 models at once need 2 threads" in row.error
+    run(pair, prompts, ["two"], threads=1, contexts=0, latency="1:1")  # devices that don't compute
+    assert seen.pop(2) == 1
+    grid = {"prompts": prompts, "draft": str(pair[1]), "new_tokens": NEW, "threads": 1, "contexts": 0, "temperature": 0}
+    (row,) = compare(SpeculationBench(thread_each=True), str(pair[0]), ["two"], grid, seeds=1).rows
+    assert row.status == "ok" and seen[2] == 1
     assert catalog.card("pearl").load()(object()).models_at_once == 2
 
 

@@ -27,7 +27,7 @@ from steersman.language.texts import opening_of, read_rows
 from steersman.reference import docs, loading, reviews, text_metrics
 
 if TYPE_CHECKING:
-    from steersman.engine.bench import PartInfo, Setting, TrialLog
+    from steersman.engine.bench import PartInfo, Setting, Shape, TrialLog
 
 REFERENCES = {  # causal language models among the reference subjects, and who judges each
     "docs/tiny": "docs/base",
@@ -305,7 +305,7 @@ class LanguageBench:
     """
 
     id: str
-    shape = "Generator"
+    shape: Shape = "Generator"
     timed = True
     given: tuple[str, ...] = CONTEXT
     """Names of :meth:`context`: no knobs of the bench's own parts."""

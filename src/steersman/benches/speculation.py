@@ -16,7 +16,8 @@ not like that. ``latency`` simulates such a pair of devices: every forward takes
 (the figures then say so, and real times are left out).
 
 All contenders write one text at a time with the same number of threads in total. One model at a time runs with all of
-them; PEARL, which runs both models at once, shares them out between the two.
+them; PEARL, which runs both models at once, shares them out between the two, and does not run where there are fewer
+threads than models (simulated devices don't compute on the processor: there it does).
 """
 
 from __future__ import annotations
@@ -167,7 +168,14 @@ class SpeculationBench(LanguageBench):
     A method's object mounts as in every bench of language models; a loop gets ``draft_model``, if its constructor asks
     for it, and lives for a trial. It is warmed up before the clock runs. Where it has a ``record``, the tokens of its
     rounds are read from there; where it runs both models at the same time, it says so by ``models_at_once``.
+
+    Args:
+        thread_each: let two models that run at once have a thread each even where ``threads`` is 1 and all others have
+            that one: their total is then 2, which whoever compares them has to say.
     """
+
+    def __init__(self, thread_each: bool = False) -> None:
+        self.thread_each = thread_each
 
     id = "speculation"
     default_subject = "docs/base"
@@ -181,7 +189,9 @@ class SpeculationBench(LanguageBench):
         "prompt_tokens": Knob(int, (32,), "tokens of a prompt that is cut from a text", low=1, high=100_000),
         "count": Knob(int, 3, "number of prompts", low=1, high=100_000, sweep=False),
         "prompts": Knob(str, None, "file of prompts: lines of text, or .jsonl with 'prompt' or 'text'", sweep=False),
-        "threads": Knob(int, None, "threads of the processor, the same in total for all", low=1, sweep=False),
+        "threads": Knob(
+            int, None, "threads of the processor, the same in total for all (2 or more for PEARL)", low=1, sweep=False
+        ),
         "contexts": Knob(
             int,
             64,
@@ -354,8 +364,9 @@ class SpeculationBench(LanguageBench):
         A loop that runs both models at once (``models_at_once``) has half of the threads for each.
         """
         setting, texts = h.setting, []
+        on_cpu = h.subject.model.device.type == h.draft.model.device.type == "cpu"
         with (
-            _threads(setting["threads"], getattr(loop, "models_at_once", 1)),
+            _threads(self.share(setting, getattr(loop, "models_at_once", 1) if on_cpu else 1)),
             _simulated(h.draft, h.subject, setting["latency"]) as devices,
         ):
             self.write(h, loop, h.prompts[0], min(WARM_UP, setting["new_tokens"]), 0)
@@ -365,6 +376,19 @@ class SpeculationBench(LanguageBench):
         if not devices:
             return texts, None
         return texts, sum(device.late for device in devices) / sum(device.calls for device in devices)
+
+    def share(self, setting: Setting, models: int) -> int:
+        """Threads of each of so many models that run at once.
+
+        Raises:
+            Inapplicable: fewer threads than models, on devices that are not simulated: others would have less.
+        """
+        total = setting["threads"] or torch.get_num_threads()
+        if total < models and not self.thread_each and latencies(setting["latency"]) is None:
+            raise Inapplicable(
+                f"{models} models at once need {models} threads, and threads={total} is for each contender"
+            )
+        return max(1, total // models)
 
     def on_ranks(self, h: Pairing, rng: Streams, log: TrialLog) -> tuple[list[Text], float | None]:
         """All texts in two processes, a model each, with half of the threads each."""
@@ -380,7 +404,7 @@ class SpeculationBench(LanguageBench):
             setting["new_tokens"],
             setting["temperature"],
             setting["top_p"],
-            max(1, (setting["threads"] or torch.get_num_threads()) // 2),
+            self.share(setting, 2),
             latencies(setting["latency"]),
             {name: value for name, value in mounted.knobs.items() if name != "engine"},
             progress=log.progress,
@@ -554,10 +578,10 @@ def generation(s: Subject, setting: Setting, new: int) -> GenerationConfig:
 
 
 @contextlib.contextmanager
-def _threads(total: int | None, models: int = 1) -> Iterator[None]:
-    """``total`` threads for all models that run at once; threads started meanwhile take the number that is set here."""
+def _threads(number: int | None) -> Iterator[None]:
+    """So many threads for a model; threads of Python that are started meanwhile take the number that is set here."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (total or before) // models))
+    torch.set_num_threads(number or before)
     try:
         yield
     finally:

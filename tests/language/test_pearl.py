@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -575,6 +576,16 @@ def test_a_failing_draft_is_heard() -> None:
     draft.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         generate(model, torch.tensor([[5, 9, 2]]), 5, custom_generate=PEARL(draft, 2))
+
+
+@pytest.mark.parametrize(("variant", "threads"), [("full", 2), ("no-pre", 2), ("no-post", 2), ("sd", 1)])
+def test_models_that_take_turns_run_in_the_calling_thread(variant: str, threads: int) -> None:
+    model, draft, seen = tiny("gpt2", 1), tiny("gpt2", 9), set()
+    for each in (model, draft):
+        each.register_forward_pre_hook(lambda *_: seen.add(threading.get_ident()))
+    loop = PEARL(draft, 2, variant)
+    generate(model, torch.tensor([[5, 9, 2]]), 8, custom_generate=loop, eos_token_id=None)
+    assert len(seen) == threads == loop.models_at_once and threading.get_ident() in seen
 
 
 # --- two ranks -------------------------------------------------------------------------------------------------------

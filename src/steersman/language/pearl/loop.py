@@ -196,6 +196,7 @@ class PEARL:
                 lambda: Draft(draft, law, row, start, limit, seeds[0], model.device),
                 Target(model, law, row, start, limit, seeds[1]),
                 draft.device,
+                self.models_at_once == 2,
             )
             with engine:
                 text = self._write(engine, input_ids, limit, stopping_criteria)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -27,28 +27,37 @@ class Threads:
         draft: makes the draft model's side.
         target: the target's side.
         device: where the draft model is.
+        at_once: whether the models run at the same time; else both run in the calling thread.
     """
 
     verifies = True
 
-    def __init__(self, draft: Callable[[], Draft], target: Target, device: torch.device) -> None:
+    def __init__(self, draft: Callable[[], Draft], target: Target, device: torch.device, at_once: bool = True) -> None:
         self.target = target
-        self._make_draft, self._device = draft, device
+        self._make_draft, self._device, self._at_once = draft, device, at_once
+        self._pool: ThreadPoolExecutor | None = None
         self._laws: list[Tensor] = []
 
     def __enter__(self) -> Self:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pearl-draft")
-        self._entered = inherited(self._device)
+        if self._at_once:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="pearl-draft")
+            # The law is computed on the target's device, where the default stream has the target's forward.
+            self._entered = inherited(self.target.device, self._device)
         # Made where it works, so that all its tensors belong to its stream.
         self.draft: Draft = self._there(self._make_draft).result()
         self._committed: Any = None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
 
-    def _there(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run ``function`` in the draft model's thread."""
+    def _there(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Run ``function`` in the draft model's thread, if it has one."""
+        if self._pool is None:
+            done: Future[Any] = Future()
+            done.set_result(function(*arguments))
+            return done
 
         def call() -> Any:
             with self._entered():
@@ -86,15 +95,14 @@ class Threads:
         self.target.commit(length, verified, rest)
 
 
-def inherited(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Torch's modes of this thread (no gradients, inference, autocast) and a stream of its own on a GPU, to be entered
-    in another thread."""
+def inherited(*devices: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Torch's modes of this thread (no gradients, inference, autocast) and a stream of its own on each GPU, to be
+    entered in another thread; the last device is the current one there."""
     inference = torch.is_inference_mode_enabled()
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
-    stream = None
-    if device.type == "cuda":
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+    streams = [torch.cuda.Stream(device) for device in dict.fromkeys(devices) if device.type == "cuda"]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
 
     @contextlib.contextmanager
     def enter() -> Iterator[None]:
@@ -102,7 +110,7 @@ def inherited(device: torch.device) -> Callable[[], AbstractContextManager[None]
             modes.enter_context(torch.inference_mode() if inference else torch.no_grad())
             for kind, dtype in casts:
                 modes.enter_context(torch.autocast(kind, dtype))
-            if stream is not None:
+            for stream in streams:
                 modes.enter_context(torch.cuda.stream(stream))
             yield
 

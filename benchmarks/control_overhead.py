@@ -76,8 +76,10 @@ def by_gradient(model: Any, ids: Tensor, new: int, iterations: int) -> None:
             for x, g in zip(flat, torch.autograd.grad(loss, flat), strict=True):
                 x.data -= 0.02 * g / (g.norm() + 1e-12)
         with torch.no_grad():
-            logits = model(ids[:, -1:], past_key_values=_shifted(stored, moved)).logits[:, -1]
-            model(ids[:, -1:], past_key_values=cache)
+            shifted = _shifted(stored, moved)
+            logits = model(ids[:, -1:], past_key_values=shifted).logits[:, -1]
+            for i, layer in enumerate(shifted.layers):  # the text goes on behind its own keys and values
+                cache.update(layer.keys[:, :, -1:], layer.values[:, :, -1:], i)
         ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], 1)
 
 

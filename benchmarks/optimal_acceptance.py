@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=60, help="the most seconds of a linear program")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # HiGHS has one, too
     report = {
         "versions": {"torch": torch.__version__, "scipy": scipy.__version__},
         "machine": platform.machine(),

@@ -12,7 +12,7 @@ from steersman.benches._latency import Latency, independent_pair
 from steersman.benches._schedule import Schedule
 from steersman.engine.compare import compare
 from steersman.errors import InputError
-from steersman.language.pearl import PEARL
+from steersman.language.pearl import PEARL, expected_tokens
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.8, 1.0])
@@ -61,7 +61,11 @@ def test_a_trial_of_the_schedule() -> None:
     )
     row, auto, sd = found.rows
     assert row.status == "ok" and row.figures["simulated_ms_per_token"] >= 4 / 2
-    assert row.figures["yield_ratio"] > 0 and 1 <= row.figures["tokens_per_round"] <= 2
+    by_second = 1e3 / row.figures["simulated_ms_per_token"]
+    formula = row.figures["formula"] / (2 * 2e-3)  # a round: two draft steps of 2 ms, or one forward of 4
+    assert row.figures["yield_ratio"] == pytest.approx(by_second / formula)
+    assert row.figures["formula"] == pytest.approx(expected_tokens(row.figures["accepted"], 2))
+    assert 1 <= row.figures["tokens_per_round"] <= 2
     assert {auto.status, sd.status} == {"inapplicable"}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Config
 
 from steersman.errors import InputError
 from steersman.language.loading import load_language_model
@@ -51,3 +51,9 @@ def test_what_does_not_load(folder, tmp_path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"with all its weights \(1 lack"):
         load_language_model(folder)
+
+
+def test_an_encoder_decoder_is_told(tmp_path) -> None:
+    T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=8).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"a decoder-only model \(t5 is an encoder-decoder\)"):
+        load_language_model(tmp_path)

@@ -122,8 +122,9 @@ def read_prompts(path: str, s: Subject, length: int) -> list[Prompt]:
     else:
         for number, record in enumerate(read_rows(file, "prompts"), 1):
             text = record.get("prompt", record.get("text"))
-            if not isinstance(text, str) or not text:
-                raise InputError("prompts", path, f"rows with 'prompt' or 'text' (row {number} has neither)")
+            if not isinstance(text, str) or not text.strip():
+                why = "has neither" if text is None else "has no text in it"
+                raise InputError("prompts", path, f"rows with 'prompt' or 'text' (row {number} {why})")
             ids = _tokens(s, text)
             if "prompt" in record:
                 found.append(Prompt((*s.opening, *ids), tuple(_tokens(s, str(record.get("continuation", ""))))))

@@ -57,7 +57,7 @@ class Schedule:
     }
     figures: Mapping[str, Figure] = {
         "yield_ratio": Figure(
-            "", "neither", "quality", "tokens by second, over the formula's with the run's acceptance"
+            "", "neither", "quality", "tokens by simulated second, over the formula's with the run's acceptance"
         ),
         "simulated_ms_per_token": Figure(
             "ms", "lower", "cost", "time by written token where forwards take given times"

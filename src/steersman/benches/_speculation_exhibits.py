@@ -178,6 +178,7 @@ def _recommended(comparison: Comparison) -> list[Block]:
     """What to run for this pair on this machine, at each setting, and how sure that is."""
     rows, notes = [], []
     figure = comparison.bench.headline[0]
+    kind = "simulated " if figure.startswith("simulated") else ""
     for setting in comparison.settings:
         best = pick(comparison, setting)
         if best is None:
@@ -199,13 +200,13 @@ def _recommended(comparison: Comparison) -> list[Block]:
         if plan is not None:
             text += (
                 " · Estimated also for what was not run, from the pair's acceptance, the times of its forwards and the "
-                f"measured overhead of a round: {plan['line']} is fastest, with {number(plan['ms_per_token'], 3)} ms a "
-                "token. That takes tokens for independent: try it before you believe it."
+                f"measured overhead of a round: {plan['line']} is fastest, with {number(plan['ms_per_token'], 3)} "
+                f"{kind}ms a token. That takes tokens for independent: try it before you believe it."
             )
         notes.append(Note(text, title="Recommendation"))
     if not rows:
         return []
-    times = "with simulated times" if figure.startswith("simulated") else "for this pair on this machine"
+    times = "with simulated times" if kind else "for this pair on this machine"
     caption = f"The fastest contender of each setting, {times}, and how many times as many tokens it writes per second."
     if len(comparison.config.get("seeds", [])) < FEWEST_UNITS:
         caption += f" With fewer than {FEWEST_UNITS} seeds nothing is said of chance."
@@ -213,7 +214,7 @@ def _recommended(comparison: Comparison) -> list[Block]:
         "setting",
         "contender",
         "choices",
-        "tokens/s",
+        f"{kind}tokens/s",
         "against plain generation",
         "against the best of assisted",
     )
@@ -270,11 +271,12 @@ def _against(comparison: Comparison, figure: str, best: str, other: str | None, 
     if theirs.n == 0 or gap is None:
         return "no rows"
     times = f"{number(cell(comparison, figure, best, setting).mean / theirs.mean, 3)} times"
-    return f"{times} {other if other != PLAIN else ''}".strip() + _sureness(gap)
+    return f"{times} {other if other != PLAIN else ''}".strip() + _sureness(gap, figure)
 
 
-def _sureness(gap: Difference) -> str:
+def _sureness(gap: Difference, figure: str) -> str:
     if gap.interval is None:
         return ""
     low, high = gap.interval
-    return f" ({'clear' if gap.clear else 'not clear'}: {span(low, high)} tokens/s more)"
+    figure_name = "simulated tokens/s" if figure.startswith("simulated") else "tokens/s"
+    return f" ({'clear' if gap.clear else 'not clear'}: {span(low, high)} {figure_name} more)"

@@ -181,6 +181,9 @@ class ControlBench(LanguageBench):
             raise InputError("risk_low", setting["risk_low"], f"at most risk_high ({setting['risk_high']:g})")
         task.scorer(["a text", "another one"])  # refuses answers of another form before the first trial
         longest = max(len(prompt.ids) for prompt in self.prompts(s, setting, Streams(0))) + setting["new_tokens"]
+        if longest - setting["new_tokens"] >= s.positions:
+            value = f"a prompt of {longest - setting['new_tokens']} tokens"
+            raise InputError("prompts", value, f"fewer than the {s.positions:g} positions of {s.spec}")
         for parameter, by in (("new_tokens", s), ("judge", judge(s, setting))):
             if longest > by.positions:
                 allowed = f"fitting texts of {longest} tokens, prompt included ({by.spec} takes {by.positions:g})"

@@ -204,6 +204,9 @@ class DecodingBench(LanguageBench):
 
     def check(self, s: Subject, setting: Setting) -> None:
         longest = max(len(prompt.ids) for prompt in self.prompts(s, setting, Streams(0)))
+        if longest >= s.positions:
+            value = f"a prompt of {longest} tokens"
+            raise InputError("prompts", value, f"fewer than the {s.positions:g} positions of {s.spec}")
         if longest + setting["new_tokens"] > s.positions:
             allowed = f"at most {s.positions - longest:g} behind a prompt of {longest} tokens"
             raise InputError("new_tokens", setting["new_tokens"], f"{allowed} (the model's positions)")

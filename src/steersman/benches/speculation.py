@@ -536,6 +536,9 @@ def _fitting(s: Subject, d: Subject, prompts: Sequence[Prompt], new: int) -> int
     """
     longest = max(len(prompt.ids) for prompt in prompts)
     positions = min(s.positions, d.positions)
+    if longest >= positions:
+        allowed = f"fewer than the {positions:g} that both models take"
+        raise InputError("prompts", f"a prompt of {longest} tokens", allowed)
     if longest + new > positions:
         which = "the draft's" if d.positions < s.positions else "the model's"
         allowed = f"at most {positions - longest:g} behind a prompt of {longest} tokens ({which} positions)"

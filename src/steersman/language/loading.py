@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from steersman import quiet
 from steersman.callables import CODE, load_callable
@@ -36,10 +36,15 @@ def load_language_model(spec: str | Path, parameter: str = "subject", dtype: str
         return made[0].eval(), made[1]
     try:
         with quiet.loading():
+            config = AutoConfig.from_pretrained(text)
+            if getattr(config, "is_encoder_decoder", False):
+                raise InputError(parameter, text, f"a decoder-only model ({config.model_type} is an encoder-decoder)")
             tokenizer = AutoTokenizer.from_pretrained(text)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 text, use_safetensors=True, output_loading_info=True, dtype=dtype
             )
+    except InputError:
+        raise
     except Exception as error:  # a half-written folder fails in a dozen ways
         line = " ".join(str(error).split()) or type(error).__name__
         raise InputError(parameter, text, f"a model with tokenizer that transformers loads ({line[:200]})") from error

@@ -43,7 +43,8 @@ def same_size(target: Any, other: Any, parameter: str, used: int | None = None) 
     """Refuse ``other`` if it can't have the vocabulary of ``target``, where there are no tokenizers to compare.
 
     Embeddings may have rows behind the vocabulary that no token uses, so sizes may differ by padding: by less than
-    128 rows, or 1 % of the vocabulary and at most 1024, and to a multiple of 8. Rows that ``used`` says are tokens must be in both.
+    128 rows, or 1 % of the vocabulary and at most 1024, and to a multiple of 8. Rows that
+    ``used`` says are tokens must be in both.
 
     Args:
         target, other: causal language models of transformers.

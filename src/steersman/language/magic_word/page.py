@@ -100,7 +100,8 @@ def page(
                 for kind in found.kinds
             ],
         ),
-        "<p><small>Intervals: Wilson, 95%. ε falls with k by construction, and the search changes at k = 4. Rank "
+        "<p><small>Intervals: Wilson, 95%. ε falls with k by construction, and the search changes where back "
+        "generation ends (k = 3 as published). Rank "
         "correlation: Spearman, of k with the rank of y without a prompt; pairs that were not reached count as longer "
         "than all prompts.</small></p>",
         "<h2>Prompts found</h2>",

@@ -67,12 +67,21 @@ def probe(
         seed: of places, targets and searches.
         log: gets a line for each state.
         resume: keep the states that ``out`` holds.
-        states, shortest, longest, kinds: how states and targets are cut from a text, see :func:`pairs_from_text`.
-        greedy, lengths, iterations, candidates, k_sub, success, accept: of :class:`BackOff` (the paper's sizes are
-            ``lengths=4,6,8,10 iterations=34 candidates=768 k_sub=128``).
+        states: number of states that are cut from a text.
+        shortest, longest: tokens of a state.
+        kinds: classes of wanted tokens, with commas between: true-next, top-75, uniform.
+        greedy: prompt lengths that are searched by greedy back generation.
+        lengths: longer lengths, searched by GCG; 4,6,8,10 in the paper.
+        iterations: of GCG at each length; 34 in the paper.
+        candidates: of an iteration; 768 in the paper.
+        k_sub: ids a position, those of the steepest gradient; 128 in the paper.
+        success: any tests every candidate; argmin is as published.
+        accept: improve, or always (as published), which also takes a best candidate that is worse.
         alphabet: ids that prompts may use, drawn at random; None: all.
         budget: forward passes a pair; None: the whole schedule.
-        bos, multi_token, batch: as in :func:`find_magic_words`.
+        bos: outer puts the beginning-of-sequence token before the prompt, inner behind it.
+        multi_token: allow wanted texts of several tokens.
+        batch: rows of a forward pass.
         layers: whose heads are bounded, as ``0,1``; empty: none.
 
     Returns:

@@ -180,7 +180,13 @@ def sampled(
     batch_size: int = 64,
     temperature: float = 1.0,
 ) -> list[list[int]]:
-    """An answer of the model's own law (at temperature 1) to each prompt, up to and with the end-of-sequence token."""
+    """An answer of the model's own law (at temperature 1) to each prompt, up to and with the end-of-sequence token.
+
+    An answer is cut where the model has no more positions.
+
+    Raises:
+        InputError: a prompt that leaves no position.
+    """
     end = tokenizer.eos_token_id
     pad = next((t for t in (tokenizer.pad_token_id, end, tokenizer.bos_token_id) if t is not None), 0)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -193,6 +199,9 @@ def sampled(
         for at in range(0, len(order), batch_size):
             batch = order[at : at + batch_size]
             width = max(len(prompts[i]) for i in batch)
+            limit = getattr(model.config, "max_position_embeddings", None) or width + new_tokens
+            if width >= limit:
+                raise InputError("prompts", f"a prompt of {width} tokens", f"fewer than the model's {limit} positions")
             ids = torch.full((len(batch), width), pad)
             mask = torch.zeros_like(ids)
             for b, i in enumerate(batch):
@@ -205,7 +214,7 @@ def sampled(
                 top_k=0,
                 top_p=1.0,
                 temperature=temperature,
-                max_new_tokens=new_tokens,
+                max_new_tokens=min(new_tokens, limit - width),
                 eos_token_id=end,
                 pad_token_id=pad,
             )

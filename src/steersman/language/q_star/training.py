@@ -212,7 +212,11 @@ def preference_training(
     if not pairs:
         raise InputError("pairs", 0, "at least one pair to train on")
     for side in ("chosen", "rejected"):
-        tokenized([p.prompt for p in pairs], [getattr(p, side) for p in pairs], tokenizer)
+        asked, answered = tokenized([p.prompt for p in pairs], [getattr(p, side) for p in pairs], tokenizer)
+        longest = 1 + max(len(a) + len(b) for a, b in zip(asked, answered, strict=True))  # the end of the text is added
+        limit = getattr(model.config, "max_position_embeddings", None) or longest
+        if longest > limit:
+            raise InputError("pairs", f"a text of {longest} tokens", f"at most the model's {limit} positions")
     reference = copy.deepcopy(model).float()
     if sft_epochs > 0:
         answers = [(p.prompt, p.chosen) for p in pairs]

@@ -298,7 +298,9 @@ def test_openings_of_two_tokens(folder: Path, tmp_path: Path) -> None:
     [
         ("p.jsonl", "{broken", "line 1"),
         ("p.jsonl", '{"question": "x"}', "row 1 has neither"),
+        ("p.jsonl", '{"prompt": ""}', "row 1 has no text in it"),
         ("p.jsonl", '"text"', "line 1 is none"),
+        ("p.txt", "the " * 500, "fewer than the .* positions"),
         ("p.txt", "\n\n", "at least one prompt"),
         ("p.txt", None, "can be read"),
     ],

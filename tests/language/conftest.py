@@ -18,10 +18,10 @@ def tiny(kind: str, seed: int = 0, vocab_size: int = VOCABULARY, **config: Any) 
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None, "vocab_size": vocab_size}
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "initializer_range": 0.25}
-        return GPT2LMHeadModel(GPT2Config(**sizes, **special, **config)).eval()
+        return GPT2LMHeadModel(GPT2Config(**sizes | special | config)).eval()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"max_position_embeddings": 256, "initializer_range": 0.25, "tie_word_embeddings": True}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **special, **config)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes | special | config)).eval()
 
 
 @pytest.fixture(scope="session", params=["gpt2", "llama"])

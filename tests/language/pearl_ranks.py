@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tabular import random_law, tabular
+from transformers.generation.streamers import BaseStreamer
 
 from conftest import generate, tiny
 from steersman.language.pearl import PEARL
@@ -78,6 +79,19 @@ def everything(folder: str) -> None:
 
     for who in (0, 1):
         found[f"rank {who} fails"] = write(mishap(who, fail))
+
+    class Closed(BaseStreamer):
+        """A reader that is gone when the text ends, behind the last verdict."""
+
+        def put(self, value: torch.Tensor) -> None: ...
+
+        def end(self) -> None:
+            raise OSError("pipe closed")
+
+    dist.barrier()
+    streamer = Closed() if rank == 0 else None
+    loop = PEARL(engine="distributed", gamma=2, timeout=30, streamer=streamer)
+    found["late failure"] = outcome(lambda: generate(mine, prompt, 20, custom_generate=loop, eos_token_id=None))
     for who in (0, 1):
         dist.barrier()
         found[f"rank {who} hangs"] = write(mishap(who, lambda: time.sleep(600)), timeout=1.0)

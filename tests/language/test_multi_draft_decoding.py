@@ -543,6 +543,22 @@ def test_bad_calls(model: Any, prompts: Tensor) -> None:
         generate(model, prompts, custom_generate=MultiDraft(tiny("gpt2", 9), 2, 2, verifier="ot-lp"), **SAMPLING)
 
 
+@pytest.mark.parametrize("sentence", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_want_of_memory_is_not_remembered_as_taking_no_tree(prompts: Tensor, sentence: str) -> None:
+    kind = torch.OutOfMemoryError if sentence.startswith("CUDA") else RuntimeError
+    model, full = tiny("gpt2", 5), [True]
+
+    def fail(*_: Any) -> None:
+        if full[0]:
+            raise kind(sentence)
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(kind, match="memory"):
+        generate(model, prompts, custom_generate=MultiDraft(tiny("gpt2", 9), 2, 2))
+    full[0] = False
+    generate(model, prompts, custom_generate=MultiDraft(tiny("gpt2", 9), 2, 2))
+
+
 def test_models_that_take_no_tree_are_refused(model: Any, prompts: Tensor) -> None:
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "vocab_size": VOCABULARY}
     torch.manual_seed(0)

@@ -483,6 +483,13 @@ def test_gamma_is_the_ratio_of_times() -> None:
         for _ in range(6):
             gamma.time(Work([1], [0.5], 0.01, 0.01))
         assert gamma.now == expected  # of later texts, too
+    short = Gamma("auto")  # texts of three rounds each, the first of which isn't counted
+    for text in range(2):
+        assert short.now == 4, text
+        short.begin()
+        for t_draft, t_target in ((9.0, 9.0), (0.01, 0.02), (0.01, 0.02)):
+            short.time(Work([1], [0.5], t_draft, t_target))
+    assert short.settled and short.now == 2 and short.medians() == (0.01, 0.02)
     target, draft = tiny("gpt2", 3), tiny("gpt2", 3)
     loop = PEARL(draft)
     prompt = torch.tensor([[5, 9, 2]])
@@ -633,6 +640,8 @@ def test_a_rank_that_fails_hangs_or_dies_ends_both(ranks: list[dict[str, Any]]) 
         assert ranks[who][hung][0] == "TrialError" and f"{names[who]} took longer than 1 s" in ranks[who][hung][1]
         assert ranks[1 - who][hung][0] == "TrialError" and names[who] in ranks[1 - who][hung][1]
         assert all(found[case][2] < 10 for found in ranks for case in (failed, hung))
+    assert ranks[0]["late failure"][:2] == ["OSError", "pipe closed"]
+    assert ranks[1]["late failure"][0] == "TrialError" and f"{names[0]} is gone" in ranks[1]["late failure"][1]
     assert "killed" not in ranks[0]
     assert ranks[1]["killed"][0] == "TrialError" and ranks[1]["killed"][2] < 10
     assert "rank 0 (draft model) is gone" in ranks[1]["killed"][1]

@@ -35,6 +35,7 @@ from steersman.language.q_star import (
     terminal,
     token_rewards,
 )
+from steersman.language.q_star.monitoring import sampled
 from steersman.language.q_star.rewards import of_tokens
 
 from .conftest import EOS, PAD, VOCABULARY, left_padded, tiny
@@ -605,6 +606,17 @@ def test_logits_become_float32_one_answer_at_a_time(trainer: Any) -> None:
     with Largest() as seen, torch.no_grad():
         kl, _ = watch._divergence(policy)
     assert len(kl) == 8 and 0 < seen.numbers <= longest * size
+
+
+def test_the_references_answers_keep_to_its_positions(tokenizer: Any) -> None:
+    model = tiny("gpt2", n_positions=12, vocab_size=len(tokenizer))
+    short, long = [3, 4, 5], list(range(2, 11))
+    found = sampled(model, [short, long], 40, tokenizer, seed=0)
+    assert all(0 < len(answer) <= 12 - len(long) for answer in found)
+    with pytest.raises(InputError, match=r"a prompt of 12 tokens.*12 positions"):
+        sampled(model, [[3] * 12], 4, tokenizer, seed=0)
+    with pytest.raises(InputError, match="at most the model's 4 positions"):
+        preference_training(tiny("gpt2", n_positions=4, vocab_size=len(tokenizer)), tokenizer, PAIRS)
 
 
 def test_drift_of_adapters(tokenizer: Any) -> None:

@@ -202,7 +202,9 @@ def _tree_agrees(model: Any, ids: Tensor) -> bool:
     tree.grown()
     try:
         found = Branching(model, DynamicCache())._forward(ids, tree, [0, 1, 2])[1:]
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise  # says nothing of the model, and must not be remembered
         return False
     with torch.no_grad():
         paths = [torch.cat([ids, torch.tensor(tree.path(node)).to(ids)]) for node in range(3)]

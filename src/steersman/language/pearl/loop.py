@@ -61,6 +61,7 @@ class Gamma:
     def __init__(self, gamma: int | str) -> None:
         self.now = FIRST_GAMMA if isinstance(gamma, str) else gamma
         self.settled = not isinstance(gamma, str)
+        self.counted: tuple[list[float], list[float]] = [], []  # draft and target, of all texts so far
         self.begin()
 
     def begin(self) -> None:
@@ -70,14 +71,19 @@ class Gamma:
 
     def time(self, work: Work) -> None:
         """Take a round's times."""
-        self.drafts += [work.t_draft] if work.written else []
-        self.targets += [work.t_target] if work.t_target else []
-        if not self.settled and min(len(self.drafts), len(self.targets)) > TIMED:
-            t_draft, t_target = self.medians()
+        for now, times, counted in (
+            ([work.t_draft] if work.written else [], self.drafts, self.counted[0]),
+            ([work.t_target] if work.t_target else [], self.targets, self.counted[1]),
+        ):
+            if times and not self.settled:
+                counted += now
+            times += now
+        if not self.settled and min(map(len, self.counted)) >= TIMED:
+            t_draft, t_target = map(statistics.median, self.counted)
             self.now, self.settled = min(max(round(t_target / t_draft), 1), MOST), True
 
     def medians(self) -> tuple[float, float]:
-        """Seconds of a draft step and of a target's forward; 0 where none was counted."""
+        """Seconds of a draft step and of a target's forward in this text; 0 where none was counted."""
         t_draft, t_target = (
             statistics.median(times[1:]) if times[1:] else 0.0 for times in (self.drafts, self.targets)
         )
@@ -231,7 +237,9 @@ class PEARL:
                     engine.side = Draft(own, law, row, start, limit, common[0], model.device)
                 else:
                     engine.side = Target(own, law, row, start, limit, common[1])
-                return self._write(engine, input_ids, limit, stopping_criteria)
+                written = self._write(engine, input_ids, limit, stopping_criteria)
+                engine.close()
+                return written
 
             with engine:
                 text = engine.run(loop)

@@ -9,6 +9,7 @@ from  what                                                                      
 1     after a rejection at i, with sampling: the wish for the law q_i             int64 (6)
 0     q_i                                                                         float32 (V)
 1     the verdict: accepted, token, kept, stop, the next gamma                    int64 (6)
+both  behind the last round: the text is done                                     int64 (1)
 ====  ==========================================================================  ===============
 
 So one law travels after a rejection, not one a token; ids are never numbers of a law's type, which would round them;
@@ -243,6 +244,19 @@ class Ranks:
             if kind == VERDICT:
                 return Verdict(accepted, None if token < 0 else token, kept, bool(stop), gamma)
             self._send(self._laws[accepted].float())
+
+    def close(self) -> None:
+        """Wait until the other rank has done all of a text: rank 0 may fail behind the last verdict.
+
+        Raises:
+            TrialError: it did.
+        """
+        if self.rank == 0:
+            self._send(torch.zeros(1, dtype=torch.int64))
+            self._receive(1)
+        else:
+            self._receive(1)
+            self._send(torch.zeros(1, dtype=torch.int64))
 
     def commit(self, length: int, verified: list[int], rest: list[int]) -> None:
         """Put verified tokens behind the first ``length``, and rest behind them; cut the cache to what stays."""

@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,11 @@ def against_linear_program(size: int, spread: str, limit: float, rounds: int) ->
 def alone(size: int, spread: str, rounds: int) -> list[dict[str, Any]]:
     p, q = laws(size, SPREADS[spread])
     runs: dict[str, Callable[[], Tensor]] = {
-        f"bound, {sampler}, n={n}": lambda sampler=sampler, n=n: optimal_acceptance(p, q, n, sampler)  # type: ignore
+        f"bound, {sampler}, n={n}": partial(optimal_acceptance, p, q, n, sampler)
         for sampler, n in (("with", 4), ("greedy", 4), ("without", 2), ("without", 4))
     }
     runs |= {
-        f"rate, {verifier}, n=4": lambda verifier=verifier: acceptance(p, q, 4, verifier)  # type: ignore
+        f"rate, {verifier}, n=4": partial(acceptance, p, q, 4, verifier)
         for verifier in ("rrs", "k-seq", "greedy", "rrsw")
     }
     return [

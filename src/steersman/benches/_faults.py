@@ -174,7 +174,7 @@ def planted(texts: Iterator[str], planter: Planter, count: int, unseen: float) -
             break
         lacking = sum(case.unseen for case in cases) < wanted
         seen = sum(not case.unseen for case in cases) < count - wanted
-        found = planter.plant(text, lambda token, lacking=lacking: token in hidden) if lacking else None  # type: ignore[misc]
+        found = planter.plant(text, hidden.__contains__) if lacking else None
         if found is not None:
             cases.append(Case(**{**asdict(found[0]), "unseen": True}))
         elif seen:

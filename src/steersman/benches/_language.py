@@ -7,6 +7,7 @@ import json
 import math
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,7 +290,7 @@ class Written:
     made: list[Any]
 
 
-class LanguageBench:
+class LanguageBench(ABC):
     """Generator: a bench whose trial is ``generate`` on prompts.
 
     A part's object mounts by what it is. A mapping is arguments of ``generate``. A ``LogitsProcessor`` joins
@@ -311,8 +312,9 @@ class LanguageBench:
     given: tuple[str, ...] = CONTEXT
     """Names of :meth:`context`: no knobs of the bench's own parts."""
 
+    @abstractmethod
     def parts(self) -> Mapping[str, PartInfo]:
-        raise NotImplementedError
+        """The bench's own baselines, by name."""
 
     def subject(self, spec: str) -> Subject:
         return load(spec)

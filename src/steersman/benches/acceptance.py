@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class AcceptanceBench(LanguageBench):
     """
 
     id = "acceptance"
-    shape: Literal["Problem"] = "Problem"  # type: ignore[assignment]
+    shape = "Problem"
     timed = False
     default_subject = "docs/base"
     headline = ("acceptance", "n_drafts")

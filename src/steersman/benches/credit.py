@@ -295,7 +295,7 @@ class CreditBench:
             watched = min(setting["held_out"], len(found) // 2)
             save(cases, found[watched:], found[:watched], folder)
 
-        names: tuple[str, ...] = (
+        names = (
             "attribute",
             "preferences",
             "count",
@@ -304,8 +304,9 @@ class CreditBench:
             "samples",
             "prompt_tokens",
             "new_tokens",
+            "temperature",
+            "held_out",
         )
-        names += ("temperature", "held_out")
         key = {"data": {name: setting[name] for name in names}, "files": prints, "seed": rng.base}
         return log.fits.get(key, make)
 
@@ -514,8 +515,8 @@ def _log_odds(s: Subject, pairs: Sequence[Pair], prior: float) -> Callable[[list
 def _gradient(policy: Any, reference: Any, case: Case, form: str) -> np.ndarray:
     """Saliency of each token for the log-ratio of the whole answer."""
     ids = torch.tensor([[*case.prompt, *case.completion]], device=policy.device)
-    ratio = torch.zeros((), device=policy.device)
-    inputs, grads = [], []
+    inputs: list[Any] = []
+    grads: list[Any] = []
     for model, sign in ((policy, 1), (reference, -1)):
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
         law = model(inputs_embeds=embedded, attention_mask=torch.ones_like(ids)).logits[:, :-1].log_softmax(-1)
@@ -525,7 +526,7 @@ def _gradient(policy: Any, reference: Any, case: Case, form: str) -> np.ndarray:
         inputs.append(embedded[0, len(case.prompt) :].detach())
     if form == "norm":
         return (grads[0] + grads[1]).norm(dim=-1).cpu().numpy()
-    return -sum((g * x).sum(-1) for g, x in zip(grads, inputs, strict=True)).cpu().numpy()  # type: ignore[union-attr]
+    return -sum((g * x).sum(-1) for g, x in zip(grads, inputs, strict=True)).cpu().numpy()
 
 
 def _record(s: Subject, case: Case, blame: np.ndarray, rank: int) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def apply(
     _told_apart(model, [i for i in chosen.ids if i in tokenizer.all_special_ids], seed)
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(1, *(len(chosen.words(v, tokenizer)) + 1 for v in values)) if keywords else 1
-    length = min(length, (limit or math.inf) - longest)  # type: ignore[assignment]
-    data = tokenized(tokenizer, [t for t, _ in kept], [values.index(v) for _, v in kept], len(values), int(length))
+    length = length if limit is None else min(length, limit - longest)
+    data = tokenized(tokenizer, [t for t, _ in kept], [values.index(v) for _, v in kept], len(values), length)
     training, aside = _divided(data, len(values), seed)
 
     size = sum(p.numel() for p in model.parameters())

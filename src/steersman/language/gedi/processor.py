@@ -193,7 +193,7 @@ class GeDi(LogitsProcessor):
         prompt_length: int | None = None,
         tokenizer: Any = None,
         mode: str = "guided",
-    ) -> GeDi:
+    ) -> GeDi | ClassConditional | BestOf:
         """The processor of a guide that ``steersman apply gedi`` (or :class:`GeDiTrainer`) saved.
 
         Args:
@@ -215,7 +215,7 @@ class GeDi(LogitsProcessor):
             same_vocabulary(tokenizer, own, "guide", str(folder))
         wanted, others, bias = codes.contrast(attribute, undesired, own)
         if mode == "conditional":
-            return ClassConditional(guide, (*wanted, *opening_of(own)))  # type: ignore[return-value]
+            return ClassConditional(guide, (*wanted, *opening_of(own)))
         count = mode.removeprefix("best-of-") if mode.startswith("best-of-") else ""
         if mode != "guided" and not (count.isdecimal() and int(count) > 1):
             raise InputError("mode", mode, "guided, conditional, or best-of-4 (or another number of at least 2)")
@@ -233,7 +233,7 @@ class GeDi(LogitsProcessor):
             pad_token_id=pad_token_id,
             prompt_length=prompt_length,
         )
-        return BestOf(int(count), PosteriorScorer(steer, own)) if count else steer  # type: ignore[return-value]
+        return BestOf(int(count), PosteriorScorer(steer, own)) if count else steer
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -291,21 +291,18 @@ class GeDi(LogitsProcessor):
 
     def _behind(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log P(text | code) and the number of scored tokens, (K, B) each, and the guide's logits behind, (KB, V)."""
-        keyword_K, scored_K, opened_KV = self._opening()
+        shape = (len(self.codes), len(input_ids))
         if not input_ids.shape[1]:
-            shape = (-1, len(input_ids))
-            return (
-                keyword_K[:, None].expand(shape),
-                scored_K[:, None].expand(shape),
-                opened_KV.repeat_interleave(len(input_ids), 0),
-            )
+            keyword_K, scored_K, opened_KV = self._opening()
+            law_KBV = opened_KV.repeat_interleave(len(input_ids), 0)
+            return keyword_K[:, None].expand(shape), scored_K[:, None].expand(shape), law_KBV
         step = self.prefixes(input_ids)
         assert step.totals is not None
-        return (
-            step.totals.unflatten(0, (len(self.codes), -1)) + keyword_K[:, None],
-            step.tokens + scored_K[:, None],
-            step.logits,
-        )
+        total_KB, tokens_KB = step.totals.view(shape), step.tokens.expand(shape)
+        if any(len(code) > 1 for code in self.codes):
+            keyword_K, scored_K, _ = self._opening()
+            total_KB, tokens_KB = total_KB + keyword_K[:, None], tokens_KB + scored_K[:, None]
+        return total_KB, tokens_KB, step.logits
 
     def _opening(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of each code: log P(keyword | code), the keyword's number of tokens, and the logits behind (K, V)."""

@@ -114,11 +114,11 @@ class ImplicitRewardSearch(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) less the reference's log-probabilities; what is forbidden (-inf) stays so."""
-        theirs = self.reference(input_ids).logits.log_softmax(-1).to(scores.device)
+        theirs = self.reference(input_ids).logits.to(scores.device)
         if not only_padding(scores.shape[-1], theirs.shape[-1]):
             found = f"a model with {theirs.shape[-1]} tokens"
             raise InputError("reference", found, f"one with the policy's vocabulary ({scores.shape[-1]} tokens)")
-        theirs = fitted(theirs, scores.shape[-1])
+        theirs = fitted(theirs, scores.shape[-1]).log_softmax(-1)
         impossible = (scores == -float("inf")) | (theirs == -float("inf"))
         return (scores - theirs).masked_fill(impossible, -float("inf"))
 
